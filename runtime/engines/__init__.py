@@ -1,0 +1,65 @@
+"""Engines: one file each, found by name through the entry-point group ``sqlext.engines``.
+
+An engine loads one checkpoint and turns batches of prompts into answers. To add one, write a module with
+``load(spec: ModelSpec) -> Engine`` and name it in the group; another package can do the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Protocol
+
+from runtime.errors import UserError, did_you_mean
+from runtime.spec import Answers, Batch, EngineInfo, ModelSpec
+
+GROUP = "sqlext.engines"
+
+
+class Engine(Protocol):
+    """A loaded model. One thread calls `run` at a time unless the pool's worker_concurrency is above 1."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded and how it runs."""
+        ...
+
+    def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
+        """Answer every row of `batch`, yielding finished rows as they finish.
+
+        A row that cannot be answered is yielded with its error. When `stop` is set the engine ends soon, with
+        rows left out.
+
+        Raises:
+            OutOfMemory: the batch is too large for the device.
+            Retryable, Fatal: the whole batch failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back the memory."""
+        ...
+
+
+def available() -> dict[str, str]:
+    """Names of the installed engines and where each is loaded from."""
+    return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+def loader(name: str) -> Callable[[ModelSpec], Engine]:
+    """The `load` function of the engine called `name`.
+
+    Raises:
+        UserError: no such engine is installed.
+    """
+    for point in entry_points(group=GROUP, name=name):
+        load: Callable[[ModelSpec], Engine] = point.load()
+        return load
+    known = available()
+    near = did_you_mean(name, known)
+    raise UserError(
+        f'There is no engine "{name}".',
+        code="engine_unknown",
+        hint=(f'Did you mean "{near}"? ' if near else "") + f"Installed: {', '.join(sorted(known))}.",
+    )

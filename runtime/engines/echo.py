@@ -1,0 +1,29 @@
+"""An engine without a model: the answer is the prompt. It measures the way of a call and nothing else."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from runtime.spec import Answers, Batch, EngineInfo, ModelSpec, Task
+
+
+class EchoEngine:
+    """Answers every prompt with itself; one character counts as one token."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.info = EngineInfo(engine="echo", task=Task.GENERATE, max_batch_rows=2048)
+
+    def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
+        texts = [p if isinstance(p, str) else p[-1].content for p in batch.prompts]
+        lengths = [len(text) for text in texts]
+        count = len(texts)
+        yield Answers(range(count), texts, ["stop"] * count, lengths, lengths, 0.0)
+
+    def close(self) -> None:
+        pass
+
+
+def load(spec: ModelSpec) -> EchoEngine:
+    """An echo engine; `spec.path` is not read."""
+    return EchoEngine(spec)

@@ -1,0 +1,1 @@
+"""DuckDB functions on one side, Arrow batches on the other. Parses nothing."""
