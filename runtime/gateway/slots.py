@@ -1,0 +1,67 @@
+"""Which worker takes the next batch: free slots and the balance policy.
+
+Not thread-safe; the gateway holds its lock around every call.
+"""
+
+from __future__ import annotations
+
+from runtime.errors import UserError, did_you_mean
+
+POLICIES = ("lru", "round_robin")
+
+
+class Slots:
+    """Batches in flight per worker.
+
+    Args:
+        workers: number of workers.
+        running: batches a worker runs at once; one more may wait in its queue, so that it is never idle.
+        policy: 'lru' gives a batch to the least loaded worker, the one longest without work first;
+            'round_robin' goes around the workers in turn.
+    """
+
+    def __init__(self, workers: int, running: int, policy: str) -> None:
+        if policy not in POLICIES:
+            near = did_you_mean(policy, POLICIES)
+            raise UserError(
+                f'load_balance "{policy}" is not known.',
+                code="option_value",
+                hint=f"Did you mean {near}?" if near else f"Known: {', '.join(POLICIES)}.",
+            )
+        self._running = running
+        self._policy = policy
+        self._load = [0] * workers
+        self._last_used = [0] * workers
+        self._clock = 0
+
+    @property
+    def total(self) -> int:
+        """Batches that can be in flight at once."""
+        return len(self._load) * (self._running + 1)
+
+    def choose(self) -> int | None:
+        """The worker that would take the next batch, or None when all have enough."""
+        free = [worker for worker, load in enumerate(self._load) if load <= self._running]
+        if not free:
+            return None
+        if self._policy == "round_robin":
+            workers = len(self._load)
+            return min(free, key=lambda worker: (worker - self._clock) % workers)
+        return min(free, key=lambda worker: (self._load[worker], self._last_used[worker]))
+
+    def idle(self, worker: int) -> bool:
+        """Whether the worker would start on a batch at once."""
+        return self._load[worker] < self._running
+
+    def occupy(self, worker: int) -> None:
+        """A batch goes to `worker`."""
+        self._load[worker] += 1
+        if self._policy == "round_robin":
+            self._clock = worker + 1
+        else:
+            self._clock += 1
+            self._last_used[worker] = self._clock
+
+    def release(self, worker: int) -> None:
+        """A batch of `worker` has ended."""
+        self._load[worker] -= 1

@@ -1,0 +1,114 @@
+"""The SQL face of a model function: its types, its macros, and its result columns.
+
+DuckDB's Python functions have neither named arguments nor defaults nor overloads; macros give them all of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from runtime.gateway import Outcome
+from runtime.spec import CallOptions, EngineInfo, Task
+from udfs.arguments import OPTION_NAMES
+from udfs.context import VARIABLE
+
+PARAMETERS = ("VARCHAR", "VARCHAR", "VARCHAR", "VARCHAR", "DOUBLE")
+"""SQL types of the function behind the macro: statement, prompt, the prompt's type, options as JSON, draw."""
+
+
+def sql_type(info: EngineInfo) -> str:
+    """The SQL type that the function answers with."""
+    match info.task:
+        case Task.GENERATE:
+            return "VARCHAR"
+        case Task.EMBED:
+            return f"FLOAT[{info.dimension}]"
+        case Task.CLASSIFY:
+            return "STRUCT(label VARCHAR, score DOUBLE)"
+
+
+def row_type(info: EngineInfo) -> str:
+    """The SQL type of the function's `_row` form."""
+    return (
+        f"STRUCT(output {sql_type(info)}, error VARCHAR, finish_reason VARCHAR, prompt_tokens BIGINT, "
+        "completion_tokens BIGINT, cached BOOLEAN, latency_ms DOUBLE, model VARCHAR)"
+    )
+
+
+def quote(identifier: str) -> str:
+    """`identifier` as SQL."""
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+def macro(name: str, function: str, info: EngineInfo, defaults: CallOptions) -> str:
+    """The statement that makes the temporary macro `name` over the registered `function`.
+
+    A sampled call draws a random number as its last argument: that makes the expression volatile, so DuckDB neither
+    folds nor merges calls that must each have an answer of their own.
+    """
+    is_data = """typeof(prompt) = 'STRUCT(llm_request VARCHAR)' OR typeof(prompt) LIKE 'STRUCT(%content%)[]'"""
+    text = f"CASE WHEN {is_data} THEN to_json(prompt)::VARCHAR ELSE prompt::VARCHAR END"
+    if info.task is not Task.GENERATE:
+        return (
+            f"CREATE OR REPLACE TEMP MACRO {quote(name)}(prompt) AS "
+            f"{quote(function)}(getvariable('{VARIABLE}'), {text}, typeof(prompt), NULL, 0)"
+        )
+    named = ", ".join(f"{option} := NULL" for option in OPTION_NAMES)
+    said = " AND ".join(f"{option} IS NULL" for option in OPTION_NAMES)
+    packed = ", ".join(f"{option} := {option}" for option in OPTION_NAMES)
+    seed = "NULL" if defaults.seed is None else str(defaults.seed)
+    sampled = f"coalesce(try_cast(temperature AS DOUBLE), {defaults.temperature or 0}) > 0 AND coalesce(seed, {seed}) IS NULL"
+    return (
+        f"CREATE OR REPLACE TEMP MACRO {quote(name)}(prompt, {named}) AS "
+        f"{quote(function)}(getvariable('{VARIABLE}'), {text}, typeof(prompt), "
+        f"CASE WHEN {said} THEN NULL ELSE to_json(struct_pack({packed}))::VARCHAR END, "
+        f"CASE WHEN {sampled} THEN random() ELSE 0 END)"
+    )
+
+
+def output_column(info: EngineInfo, outputs: Sequence[Any]) -> pa.Array:
+    """One output per row as an Arrow array of the function's type; None is NULL."""
+    match info.task:
+        case Task.GENERATE:
+            return pa.array(outputs, pa.string())
+        case Task.EMBED:
+            return _vectors(outputs, info.dimension or 0)
+        case Task.CLASSIFY:
+            rows = [None if output is None else {"label": output[0], "score": output[1]} for output in outputs]
+            return pa.array(rows, pa.struct([("label", pa.string()), ("score", pa.float64())]))
+
+
+def row_column(
+    info: EngineInfo,
+    model: str,
+    outputs: Sequence[Any],
+    outcomes: Sequence[Outcome],
+    reused: Sequence[bool],
+    asked: Sequence[bool],
+) -> pa.Array:
+    """The `_row` form of every row; a row that was not asked (NULL in) is NULL."""
+    columns = {
+        "output": output_column(info, outputs),
+        "error": pa.array([str(o.error) if o.error else None for o in outcomes], pa.string()),
+        "finish_reason": pa.array([o.finish_reason or None for o in outcomes], pa.string()),
+        "prompt_tokens": pa.array([o.prompt_tokens for o in outcomes], pa.int64()),
+        "completion_tokens": pa.array([o.completion_tokens for o in outcomes], pa.int64()),
+        "cached": pa.array(reused, pa.bool_()),
+        "latency_ms": pa.array([o.latency_ms for o in outcomes], pa.float64()),
+        "model": pa.array([model] * len(outcomes), pa.string()),
+    }
+    missing = pa.array([not was_asked for was_asked in asked], pa.bool_())
+    return pa.StructArray.from_arrays(list(columns.values()), list(columns), mask=missing)
+
+
+def _vectors(outputs: Sequence[Any], dimension: int) -> pa.Array:
+    missing = np.fromiter((output is None for output in outputs), bool, len(outputs))
+    values = np.zeros((len(outputs), dimension), np.float32)
+    present = [output for output in outputs if output is not None]
+    if present:
+        values[~missing] = np.stack(present)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), dimension, mask=pa.array(missing))
