@@ -1,0 +1,131 @@
+"""What our own statements do, one function each; the result is a table or None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from runtime.errors import UserError, did_you_mean
+from sqlext import models, options, sources
+from sqlext.deploy import infer
+from sqlext.statements import ExplainLlm, Llm, Load, Run, Save, Setup, SetVariable, Sql, Statement
+
+if TYPE_CHECKING:
+    from sqlext.connection import Connection
+
+DIALECTS = ("duckdb", "spark")
+
+
+def carry_out(statement: Statement, connection: Connection) -> pa.Table | None:
+    """Do what a statement of ours says.
+
+    Raises:
+        SqlextError: it cannot be done; nothing was changed.
+    """
+    match statement:
+        case SetVariable():
+            _set_variable(statement, connection)
+        case Load():
+            sources.load(statement, connection.raw, connection.session.variables)
+        case Save():
+            sources.save(statement, connection.raw)
+        case Setup():
+            _setup(statement, connection)
+        case Run():
+            return _run(statement, connection)
+        case Llm():
+            return _llm(statement, connection)
+        case ExplainLlm():
+            raise _not_available("EXPLAIN LLM", statement)
+        case Sql():
+            raise AssertionError("DuckDB's statements are not carried out here")
+    return None
+
+
+def _set_variable(statement: SetVariable, connection: Connection) -> None:
+    session = connection.session
+    if statement.name.lower() == "dialect":
+        set_dialect(connection, statement.value, statement)
+    elif statement.kind == "sql":
+        row = connection.raw.execute(statement.value).fetchone()
+        session.variables[statement.name] = "" if row is None or row[0] is None else str(row[0])
+    elif statement.kind == "text" or statement.name not in session.variables:
+        session.variables[statement.name] = statement.value
+
+
+def set_dialect(connection: Connection, word: str, statement: SetVariable | None = None) -> None:
+    """Choose the dialect of the SQL that follows.
+
+    Raises:
+        UserError: there is no such dialect.
+    """
+    if word.lower() not in DIALECTS:
+        near = did_you_mean(word, DIALECTS)
+        raise UserError(
+            f'The dialect "{word}" is not known.',
+            code="option_value",
+            hint=f'Did you mean "{near}"?' if near else f"Known: {', '.join(DIALECTS)}.",
+            place=statement.place if statement else None,
+        )
+    connection.session.dialect = word.lower()
+
+
+def _setup(statement: Setup, connection: Connection) -> None:
+    session = connection.session
+    resolved = options.resolve(statement.settings, "setup")
+    base = options.defaults(statement.preset) if statement.preset else session.settings
+    session.settings = {**base, **resolved.values}
+    for notice in resolved.notices:
+        session.notify(notice)
+
+
+def _run(statement: Run, connection: Connection) -> pa.Table:
+    session = connection.session
+    if statement.algorithm != "LLM":
+        raise _not_available(statement.algorithm, statement)
+    action = next((str(o.value) for o in statement.options if o.key.lower() == "action"), options.DEFAULT_ACTION)
+    known = options.action(action, statement)
+    if not known.available:
+        raise _not_available(f'The action "{known.name}"', statement)
+    table = infer(statement, session, session.on_deploy)
+    if statement.result:
+        sources.keep(connection.raw, statement.result, table)
+    return table
+
+
+def _llm(statement: Llm, connection: Connection) -> pa.Table:
+    verb = _VERBS.get(statement.verb)
+    if verb is None:
+        raise _not_available(f"!llm {statement.verb}", statement)
+    return verb(connection, *statement.args)
+
+
+def _usage(connection: Connection) -> pa.Table:
+    return connection.session.usage_table()
+
+
+def _help(_: Connection, word: str | None = None) -> pa.Table:
+    rows = options.help_rows(word)
+    return pa.table({name: [row[i] for row in rows] for i, name in enumerate(options.HELP_COLUMNS)})
+
+
+_VERBS: dict[str, Callable[..., pa.Table]] = {
+    "models": models.models,
+    "status": models.status,
+    "model exists": models.exists,
+    "model remove": models.remove,
+    "usage": _usage,
+    "help": _help,
+}
+
+
+def _not_available(what: str, statement: Any) -> UserError:
+    actions = [action.name for action in options.ACTIONS if action.available]
+    return UserError(
+        f"{what} is not available in this version.",
+        code="not_available",
+        hint=f"Available: the actions {', '.join(actions)}, and !llm setup, {', '.join(_VERBS)}.",
+        place=statement.place,
+    )

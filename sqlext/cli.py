@@ -1,0 +1,152 @@
+"""The command line: `sqlext run`, `sqlext -c`, `sqlext doctor`.
+
+stdout is data, stderr is talk. A command parses its arguments, calls the library, prints; nothing heavy is imported
+before a command needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+
+import click
+
+from runtime.errors import Cancelled, DeployError, SqlextError, UserError
+from sqlext import __version__
+
+
+class ExitCode(IntEnum):
+    """How a command ended."""
+
+    OK = 0
+    FAILED = 1  # a statement failed: DuckDB's error, or a model that stopped answering
+    USAGE = 2  # something to correct: the command line, a statement of ours, an option
+    DEPLOY = 3  # a model did not come up
+    CANCELLED = 130  # Ctrl-C
+
+
+@click.group(invoke_without_command=True)
+@click.version_option(__version__, prog_name="sqlext")
+@click.option("-c", "--command", help="Run this SQL.")
+@click.option("--db", default=":memory:", show_default=True, help="DuckDB database file.")
+@click.option("--set", "variables", multiple=True, metavar="K=V", help="Give ${K} the value V.")
+@click.option("--dialect", default="duckdb", show_default=True, help="duckdb, or spark to translate from it.")
+@click.option("--json", "as_json", is_flag=True, help="Print each result row as a JSON object on its own line.")
+@click.pass_context
+def cli(
+    context: click.Context, command: str | None, db: str, variables: Sequence[str], dialect: str, as_json: bool
+) -> None:
+    """SQL that runs the whole life of a language model on DuckDB.
+
+    Without a command, SQL is read from -c or from stdin.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if command is None and sys.stdin.isatty():
+        click.echo(context.get_help())
+        return
+    scripts = [(None, command)] if command is not None else [("stdin", sys.stdin.read())]
+    _run(scripts, db, variables, dialect, as_json)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE…")
+@click.option("--db", default=":memory:", show_default=True, help="DuckDB database file.")
+@click.option("--set", "variables", multiple=True, metavar="K=V", help="Give ${K} the value V.")
+@click.option("--dialect", default="duckdb", show_default=True, help="duckdb, or spark to translate from it.")
+@click.option("--json", "as_json", is_flag=True, help="Print each result row as a JSON object on its own line.")
+def run(files: Sequence[str], db: str, variables: Sequence[str], dialect: str, as_json: bool) -> None:
+    """Run SQL scripts, one after the other in one session; - is stdin."""
+    scripts = [(name, _read(name)) for name in files]
+    _run(scripts, db, variables, dialect, as_json)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print each finding as a JSON object on its own line.")
+def doctor(as_json: bool) -> None:
+    """Tell what is installed, which devices there are, and what a missing extra would give."""
+    from runtime.doctor import examine
+    from sqlext import connect, render
+
+    with connect() as connection:
+        render.show(connection.raw, render.table(examine()), as_json)
+
+
+def main() -> None:
+    """Entry point of the command `sqlext`."""
+    with _exit_codes():
+        cli.main(standalone_mode=False)
+
+
+def _run(
+    scripts: Sequence[tuple[str | None, str]], db: str, variables: Sequence[str], dialect: str, as_json: bool
+) -> None:
+    from sqlext import actions, connect, render
+    from sqlext.progress import Progress
+
+    said = dict(_variable(text) for text in variables)
+    with connect(db) as connection, Progress(connection) as progress:
+        connection.session.variables.update(said)
+        actions.set_dialect(connection, dialect)
+        for name, text in scripts:
+            for _ in connection.run(text, file=name):
+                if connection.description is not None:
+                    table = connection.fetch_arrow_table()
+                    progress.pause()
+                    render.show(connection.raw, table, as_json)
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f'--set {text} has no "=".', code="usage", hint="Write --set name=value.")
+    return name, value
+
+
+def _read(name: str) -> str:
+    if name == "-":
+        return sys.stdin.read()
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"The script {name} cannot be read: {error.strerror}.", code="script_missing") from None
+    except UnicodeDecodeError:
+        raise UserError(f"The script {name} is not UTF-8 text.", code="script_encoding") from None
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.Abort:
+        _leave("cancelled", ExitCode.CANCELLED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ExitCode.USAGE)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, Cancelled):
+        _leave("cancelled", ExitCode.CANCELLED)
+    except DeployError as error:
+        _leave(f"error: {error}", ExitCode.DEPLOY)
+    except UserError as error:
+        _leave(f"error: {error}", ExitCode.USAGE)
+    except SqlextError as error:
+        _leave(f"error: {error}", ExitCode.FAILED)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone; nothing more to say to it
+        sys.exit(ExitCode.OK)
+    except Exception as error:
+        import duckdb
+
+        if not isinstance(error, duckdb.Error):
+            raise
+        _leave(f"error: {error}", ExitCode.FAILED)
+
+
+def _leave(text: str, code: ExitCode) -> None:
+    print(text, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,257 @@
+"""A DuckDB connection that also speaks the language.
+
+Every statement passes `execute`: ours are carried out here, all others reach DuckDB to the letter.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from runtime.errors import Cancelled
+from runtime.gateway import Statement as RunningStatement
+from sqlext import actions, script, sources, statements
+from sqlext.dialects import from_spark
+from sqlext.interrupt import Interruptible, call_from, callers_frame
+from sqlext.named_results import NamedResults
+from sqlext.parser import parse
+from sqlext.session import Session
+from udfs.context import VARIABLE
+from udfs.signatures import quote
+
+# DuckDB suggests relations instead, which would run a query again each time they are read.
+warnings.filterwarnings("ignore", message="Arrow output on a DB-API result", category=UserWarning)
+
+# Methods of DuckDB's that read the last result: a part of it, or all, which ends the statement.
+_PART_READERS = ("fetchone", "fetchmany", "fetch_df_chunk", "to_arrow_reader")
+_WHOLE_READERS = ("fetchall", "df", "fetchdf", "fetch_df", "fetchnumpy", "pl", "torch", "tf", "to_arrow_table")
+
+
+def connect(database: str | os.PathLike[str] = ":memory:", **options: Any) -> Connection:
+    """Open a database with the language on top.
+
+    Args:
+        database: a file or ':memory:', as for `duckdb.connect`.
+        options: passed to `duckdb.connect` (``read_only``, ``config``).
+    """
+    raw = duckdb.connect(os.fspath(database), **options)
+    return Connection(raw, Session(raw), owns_session=True)
+
+
+def attach(raw: duckdb.DuckDBPyConnection) -> Connection:
+    """Put the language on top of an existing DuckDB connection, which stays usable by itself."""
+    return Connection(raw.cursor(), Session(raw), owns_session=True)
+
+
+class Connection:
+    """A cursor of one database: DuckDB's methods, and statements of ours.
+
+    Used from one thread at a time; `cursor()` gives another one for another thread.
+
+    Attributes:
+        raw: DuckDB's own connection.
+        session: what all cursors of the database share.
+        running: the statement whose result is being made or read.
+        has_rows: the last statement answered with rows; a bare count of changed rows does not count.
+    """
+
+    def __init__(self, raw: duckdb.DuckDBPyConnection, session: Session, *, owns_session: bool = False) -> None:
+        self.raw = raw
+        self.session = session
+        self.running: RunningStatement | None = None
+        self.has_rows = False
+        self._owns_session = owns_session
+        self._functions_seen = 0
+        self._result: Any = raw
+        self._named_results = NamedResults()
+        self._interruptible = Interruptible(self.interrupt)
+        raw.register("llm_errors", sources.LiveTable(session.errors_table))
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def execute(self, text: str, parameters: Any = None) -> Connection:
+        """Run a script; the last statement's result is ready to be fetched.
+
+        Args:
+            text: one or more statements.
+            parameters: values for the last statement's placeholders, as for DuckDB.
+
+        Raises:
+            SqlextError: a statement of ours is wrong or failed, or a model call stopped the query.
+            duckdb.Error: DuckDB's own error of any other statement.
+        """
+        for _ in self.run(text, parameters=parameters):
+            pass
+        return self
+
+    def run(self, text: str, *, file: str | None = None, parameters: Any = None) -> Iterator[statements.Statement]:
+        """Run a script statement by statement; after each, its result is ready to be fetched.
+
+        Args:
+            file: name of the script, for errors.
+        """
+        frame = callers_frame()
+        settings = self.session.duckdb_settings
+        chunks = script.split(text, file, duckdb_settings=settings)
+        for chunk in chunks:
+            statement = parse(chunk, self.session.variables, duckdb_settings=settings)
+            self._finish()
+            if isinstance(statement, statements.Sql):
+                self._execute_sql(statement, parameters if chunk is chunks[-1] else None, frame)
+            else:
+                self._show(self._interruptible.run(functools.partial(actions.carry_out, statement, self)))
+            yield statement
+
+    def sql(self, text: str, params: Any = None) -> duckdb.DuckDBPyRelation | None:
+        """Run a script and give its last result as a relation, or None when it has no rows.
+
+        The rows are computed once, however often the relation is read.
+        """
+        for _ in self.run(text, parameters=params):
+            pass
+        return self.raw.from_arrow(self.arrow()) if self.has_rows else None
+
+    query = sql
+
+    def executemany(self, text: str, parameters: Sequence[Any]) -> Connection:
+        """Run one statement for each set of parameters."""
+        for values in parameters:
+            self.execute(text, values)
+        return self
+
+    def cursor(self) -> Connection:
+        """Another cursor of the same database and session, for another thread."""
+        return Connection(self.raw.cursor(), self.session)
+
+    def interrupt(self) -> None:
+        """Stop what runs on this connection; may be called from any thread."""
+        if self.running:
+            self.running.cancel()
+        self.raw.interrupt()
+
+    def close(self) -> None:
+        """Close this cursor; the connection that `connect` or `attach` made also ends the session."""
+        self._finish()
+        self._interruptible.close()
+        if self._owns_session:
+            self.session.close()
+        self._result = None
+        self.raw.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- results -------------------------------------------------------------------------------------------
+
+    @property
+    def description(self) -> Any:
+        """Columns of the last result, as DB-API says; None when there is none."""
+        return self._result.description if self._result is not None else None
+
+    def arrow(self) -> pa.Table:
+        """The last result as an Arrow table."""
+        table: pa.Table = self._read("to_arrow_table")
+        return table
+
+    fetch_arrow_table = arrow
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _PART_READERS or name in _WHOLE_READERS:
+            return functools.partial(self._read, name)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.raw, name)
+
+    def _read(self, name: str, *arguments: Any, **named: Any) -> Any:
+        if self._result is None:
+            raise duckdb.InvalidInputException("There is no result: the last statement answers with none.")
+        reader = getattr(self._result, name)
+        rows = self._guarded(lambda: reader(*arguments, **named))
+        if name in _WHOLE_READERS:
+            self._finish()
+        return rows
+
+    def _show(self, table: pa.Table | None) -> None:
+        self.has_rows = table is not None
+        self._result = None if table is None else self.raw.from_arrow(table)
+
+    # -- DuckDB's statements -------------------------------------------------------------------------------
+
+    def _execute_sql(self, statement: statements.Sql, parameters: Any, frame: FrameType | None) -> None:
+        text = from_spark(statement.text, statement.place) if self.session.dialect == "spark" else statement.text
+        query, table = self._named_results.take(text, self._parses)
+        self._begin(text)
+        self._result = self.raw
+        try:
+            self._named_results.run(
+                lambda: self._guarded(lambda: call_from(frame, self.raw.execute, query, parameters)),
+                lambda sql: self._guarded(lambda: self.raw.execute(sql)),
+            )
+            if table:
+                self.raw.execute(f"FROM {quote(table)}")
+        except BaseException:
+            self._finish()
+            raise
+        streams = bool(table) or self._answers_with_rows(query)
+        names = [column[0] for column in self.raw.description or ()]
+        self.has_rows = streams or names not in ([], ["Count"], ["Success"])
+        if not streams:
+            self._finish()
+        if text.lower().startswith(("rollback", "abort")):  # with it went macros made inside the transaction
+            self._functions_seen = 0
+
+    def _begin(self, text: str) -> None:
+        """Before a statement: this cursor's macros are those of the session, and chunks will find the statement."""
+        self.running = self.session.new_statement(text)
+        key = self.session.statements.add(self.running)
+        with suppress(duckdb.TransactionException):  # in an aborted transaction only ROLLBACK is of use
+            self._functions_seen = self.session.functions.catch_up(self.raw, self._functions_seen)
+            self.raw.execute(f"SET VARIABLE {VARIABLE} = '{key}'")
+
+    def _finish(self) -> None:
+        """The statement has ended: keep its figures and tell what went wrong in it."""
+        running, self.running = self.running, None
+        if running is None:
+            return
+        self.session.ended(running)
+        if running.failed and running.failed_rows:
+            first = running.failed_rows[0]
+            self.session.notify(
+                f"{running.failed} rows failed and are NULL. The first: {first.code}: {first.message}\n"
+                "hint: SELECT * FROM llm_errors; lists them."
+            )
+
+    def _parses(self, text: str) -> bool:
+        try:
+            self.raw.extract_statements(text)
+        except duckdb.Error:
+            return False
+        return True
+
+    def _answers_with_rows(self, text: str) -> bool:
+        """Whether rows come while they are read; other statements are done when `execute` returns."""
+        expected = self.raw.extract_statements(text)[-1].expected_result_type
+        return list(expected) == [duckdb.ExpectedResultType.QUERY_RESULT]
+
+    def _guarded(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on DuckDB so that Ctrl-C stops it, and give the cause of a failure instead of DuckDB's text."""
+        running = self.running
+        try:
+            return self._interruptible.run(work)
+        except duckdb.Error:
+            if running and running.cancelled:
+                raise Cancelled("The statement was cancelled.") from None
+            if running and running.failure:
+                raise running.failure from None
+            raise

@@ -1,0 +1,129 @@
+"""Deployed models as tables: `!llm models`, `status`, `model exists`, `model remove`.
+
+They ask the cluster each time and so are true at any time; nothing is remembered here.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from runtime import cluster
+
+if TYPE_CHECKING:
+    from sqlext.connection import Connection
+
+_MB = 1024 * 1024
+
+
+def models(connection: Connection) -> pa.Table:
+    """One row for each deployed model."""
+    rows = [
+        {
+            "model": info.name,
+            "state": info.state,
+            "task": str(info.info.task) if info.info else None,
+            "engine": info.info.engine if info.info else None,
+            "device": info.info.device if info.info else None,
+            "workers": len(info.workers),
+            "busy": sum(1 for worker in info.workers if worker and worker.busy),
+            "registered": info.name in connection.session.functions.gateways(),
+            "path": info.spec.path if info.spec else None,
+        }
+        for info in _deployments(connection)
+    ]
+    return pa.Table.from_pylist(rows, _MODELS)
+
+
+def status(connection: Connection, name: str | None = None) -> pa.Table:
+    """One row for each worker of the model `name`, or of all models."""
+    rows = [
+        _worker_row(info, index, worker)
+        for info in _deployments(connection)
+        if name is None or info.name == name
+        for index, worker in enumerate(info.workers)
+    ]
+    return pa.Table.from_pylist(rows, _STATUS)
+
+
+def exists(connection: Connection, name: str) -> pa.Table:
+    """One row with a boolean: whether `name` is deployed on the cluster."""
+    _connect(connection)
+    return pa.table({"value": [cluster.exists(name)]})
+
+
+def remove(connection: Connection, name: str) -> pa.Table:
+    """Unregister and undeploy `name`; one row with a boolean: whether there was one."""
+    _connect(connection)
+    gateway = connection.session.functions.remove(name)
+    if gateway:
+        gateway.close()
+    return pa.table({"value": [cluster.remove(name)]})
+
+
+def _connect(connection: Connection) -> None:
+    cluster.connect(connection.session.settings["ray_address"])
+
+
+def _deployments(connection: Connection) -> list[cluster.DeploymentInfo]:
+    _connect(connection)
+    return cluster.deployments()
+
+
+def _worker_row(info: cluster.DeploymentInfo, index: int, worker: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"model": info.name, "worker": index, "state": "restarting"}
+    if worker is None:
+        return row
+    last = worker.last_work
+    return row | {
+        "state": "busy" if worker.busy else "idle" if worker.ready else "loading",
+        "engine": info.info.engine if info.info else None,
+        "device": info.info.device if info.info else None,
+        "node": worker.node,
+        "pid": worker.pid,
+        "requests": worker.requests,
+        "rows": worker.rows,
+        "prompt_tokens": worker.prompt_tokens,
+        "completion_tokens": worker.completion_tokens,
+        "memory_mb": worker.memory_bytes // _MB,
+        "gpu_mb": worker.gpu_bytes // _MB,
+        "last_work": datetime.fromtimestamp(last, UTC) if last else None,
+        "notes": "; ".join(info.info.notes) if info.info else None,
+    }
+
+
+_TEXT, _INT = pa.string(), pa.int64()
+_MODELS = pa.schema(
+    {
+        "model": _TEXT,
+        "state": _TEXT,
+        "task": _TEXT,
+        "engine": _TEXT,
+        "device": _TEXT,
+        "workers": _INT,
+        "busy": _INT,
+        "registered": pa.bool_(),
+        "path": _TEXT,
+    }
+)
+_STATUS = pa.schema(
+    {
+        "model": _TEXT,
+        "worker": _INT,
+        "state": _TEXT,
+        "engine": _TEXT,
+        "device": _TEXT,
+        "node": _TEXT,
+        "pid": _INT,
+        "requests": _INT,
+        "rows": _INT,
+        "prompt_tokens": _INT,
+        "completion_tokens": _INT,
+        "memory_mb": _INT,
+        "gpu_mb": _INT,
+        "last_work": pa.timestamp("s", tz="UTC"),
+        "notes": _TEXT,
+    }
+)

@@ -1,0 +1,210 @@
+"""The option table: every setting, every action and every option of each, declared once.
+
+It stands alone because it is data: `options` checks what was typed against it, `!llm help` and REFERENCE.md show it.
+Names are matched without regard to case and underscores, so `udfName`, `udfname` and `udf_name` are one name; only
+different words are aliases.
+"""
+
+# ruff: noqa: E501 - a table reads best with one option on one line
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from runtime.spec import Value
+
+Kind: TypeAlias = Literal["text", "int", "float", "bool", "list", "json", "auto"]
+
+SETUP = "setup"
+REPARTITION = "TableRepartition"
+DEFAULT_ACTION = "finetune"
+
+
+@dataclass(frozen=True, slots=True)
+class OptionSpec:
+    """One option.
+
+    Attributes:
+        name: as it is called in `Resolved.values`; one that ends in `.*` stands for all keys with that prefix.
+        kind: type of the value; 'list' is JSON or comma-separated, 'json' stays text but must be JSON, 'auto' takes
+            numbers, true, false and lists for what they look like.
+        doc: one line, with the unit.
+        scopes: 'setup', names of actions, or 'TableRepartition'.
+        default: what counts when nothing is said; None = not set.
+        choices: the only values allowed, whatever their case; empty = all.
+        spellings: other spellings of choices, and what they mean.
+        ignored: why this old key has no meaning here; it is accepted with a notice.
+        secret: the value is a key or a reference to one.
+    """
+
+    name: str
+    kind: Kind
+    doc: str
+    scopes: tuple[str, ...]
+    default: Value | None = None
+    aliases: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    ignored: str = ""
+    secret: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """An action of ``RUN … AS LLM.``; `available` is False while it is only planned."""
+
+    name: str
+    doc: str
+    available: bool = False
+
+
+ACTIONS = (
+    Action("infer", "Deploy a model on Ray workers and register it as SQL functions.", available=True),
+    Action("finetune", "Train: sft/… LoRA, QLoRA or full SFT; sfft/… full-parameter training or pretraining."),
+    Action("convert", "Convert a checkpoint: ZeRO or FSDP to Hugging Face, safetensors or bin, dtype, GGUF."),
+    Action("merge", "Merge a LoRA adapter and its base into one model."),
+    Action("benchmark", "Load test of a deployed function or an HTTP endpoint."),
+    Action("inspect", "What a checkpoint is, which engines can run it here, and the memory each needs."),
+    Action("render", "What a table of messages becomes under a chat template or prompt_format."),
+    Action("import", "Copy a checkpoint into the model store: checked, retried, resumable, several at once."),
+    Action("bundle", "Several deployed models behind one function name, with routing."),
+    Action("serve", "An OpenAI-compatible endpoint over deployed models."),
+)
+
+PRESETS: dict[str, dict[str, Value | None]] = {
+    "single": {},
+    "sft": {},
+    "sfft": {},
+    "data": {"gpus_per_worker": 0.0},
+    "retrieval": {"gpus_per_worker": 0.0},
+}
+"""What each `!llm setup` preset changes of the defaults."""
+
+_S = (SETUP,)
+_INFER = ("infer",)
+_TRAIN = ("finetune",)
+_BENCH = ("benchmark",)
+_EVERY_ACTION = tuple(action.name for action in ACTIONS)
+
+SETTINGS = (
+    OptionSpec("num_workers", "int", "Workers of a model, each with one copy of it.", _S, 1, ("maxConcurrency",), minimum=1),
+    OptionSpec("worker_concurrency", "int", "Batches that one worker runs at the same time.", _S, 1, ("workerMaxConcurrency",), minimum=1),
+    OptionSpec("gpus_per_worker", "float", "GPUs of one worker, fractions allowed; not set: one when the cluster has any.", _S, None, ("num_gpus",), minimum=0),
+    OptionSpec("cpus_per_worker", "float", "CPUs of one worker.", _S, 1.0, ("num_cpus",), minimum=0),
+    OptionSpec("infer_backend", "text", "Engine that runs models; transformers chooses by the checkpoint.", _S, "transformers", spellings=(("ray/vllm", "vllm"), ("ray/deepspeed", "deepspeed"))),
+    OptionSpec("load_balance", "text", "Which worker takes a batch: the least busy, the next, or the one with the prefix.", _S, "lru", choices=("lru", "round_robin", "prefix")),
+    OptionSpec("timeout", "float", "Seconds that a batch may take before its worker counts as hung.", _S, 600.0, minimum=0.001),
+    OptionSpec("load_timeout", "float", "Seconds that a worker may take to load its model.", _S, 600.0, ("modelWaitServerReadyTimeout",), minimum=0.001),
+    OptionSpec("ray_address", "text", "Ray cluster: auto, local or host:port; not set: one inside this process.", _S),
+    OptionSpec("resource.*", "float", "Amount of a Ray custom resource that each worker takes, to place it on certain nodes.", _S, minimum=0),
+    OptionSpec("standalone", "bool", "Each worker reads the checkpoint itself.", _S, False),
+    OptionSpec("on_error", "text", "A failed row: listed and NULL, NULL, or the statement fails.", _S, "record", choices=("record", "null", "fail")),
+    OptionSpec("max_tokens_total", "int", "Most tokens that a statement may use.", _S, minimum=1),
+    OptionSpec("max_rows", "int", "Most rows that a statement may send to models.", _S, minimum=1),
+    OptionSpec("cache", "text", "Stored answers: used and kept, neither, or only used.", _S, "on", choices=("on", "off", "read")),
+    OptionSpec("owner", "text", "Whose deployments and jobs these are.", _S),
+    OptionSpec("pythonExec", "text", "Byzer's Python command.", _S, ignored="models run in the Python of this process"),
+    OptionSpec("runIn", "text", "Byzer's place of a Python task.", _S, ignored="work always runs on Ray workers"),
+    OptionSpec("dataMode", "text", "Byzer's way of passing data.", _S, ignored="data always passes as Arrow"),
+    OptionSpec("schema", "text", "Byzer's result schema.", _S, ignored="results have types of their own"),
+    OptionSpec("masterMaxConcurrency", "int", "Byzer's bound of its master actor.", _S, ignored="there is no master actor"),
+)  # fmt: skip
+
+_TYPED: tuple[tuple[str, Kind], ...] = (
+    ("int", "int"), ("float", "float"), ("bool", "bool"), ("str", "text"), ("list", "list"), ("dict", "json"),
+)  # fmt: skip
+_TEMPLATE = 'Chat format as JSON: {"system": "…{instruction}…", "user": …, "assistant": …}.'
+
+INFER = (
+    OptionSpec("udfName", "text", "Name of the SQL function; required.", (*_INFER, "benchmark", "bundle")),
+    OptionSpec("localModelDir", "text", "Folder of the checkpoint; the path in backquotes means the same.", (*_INFER, *_TRAIN, "inspect", "render", "import")),
+    OptionSpec("pretrainedModelType", "text", "Kind of model, such as custom/auto, custom/bge, sft/llama2, saas/openai.", (*_INFER, *_TRAIN, "convert", "merge")),
+    OptionSpec("reconnect", "bool", "Register the functions of a running deployment again, without loading.", _INFER, False),
+    OptionSpec("adapter", "text", "Folder of a LoRA adapter to put on the model.", _INFER),
+    OptionSpec("quantization", "text", "Bits of quantized weights; true means 4.", _INFER, aliases=("quatization",), choices=("4", "8", "true", "false")),
+    OptionSpec("prompt_format", "json", _TEMPLATE, (*_INFER, "render")),
+    OptionSpec("backend.*", "auto", "Option of the engine, such as backend.max_model_len or backend.dtype.", _INFER),
+    OptionSpec("generation.*", "auto", "Default of the function's named options, such as generation.temperature.", _INFER, aliases=("gen.*",)),
+    OptionSpec("saas.api_key", "text", "Key of the provider, by reference: env:NAME or file:PATH.", _INFER, secret=True),
+    OptionSpec("saas.secret_key", "text", "Second key of the provider, by reference.", _INFER, secret=True),
+    OptionSpec("saas.api_secret", "text", "Second key of the provider, by reference.", _INFER, secret=True),
+    OptionSpec("saas.gpt_url", "text", "Address of the provider's service.", _INFER, aliases=("gpt_url",)),
+    OptionSpec("saas.*", "text", "Option of a provider's model, such as saas.model or saas.api_base.", _INFER),
+)  # fmt: skip
+
+FINETUNE = (
+    OptionSpec("inputTable", "text", "Table of the rows to work on.", (*_TRAIN, "benchmark", "render")),
+    OptionSpec("validTable", "text", "Table of the rows to evaluate on.", _TRAIN),
+    OptionSpec("outputTable", "text", "Table that tells of the trained model.", _TRAIN),
+    OptionSpec("initial_base_model_ckpt_path", "text", "Weights to start from, instead of the model's own.", _TRAIN),
+    OptionSpec("initial_adapter_model_ckpt_path", "text", "LoRA weights to start from.", _TRAIN),
+    OptionSpec("localPathPrefix", "text", "Folder under which the job has its own.", (*_TRAIN, "infer")),
+    OptionSpec("localDataDir", "text", "Folder of text files to pretrain on, instead of a table.", _TRAIN),
+    OptionSpec("detached", "bool", "Answer at once and train in the background.", _TRAIN, True),
+    OptionSpec("name", "text", "Name of the job.", _TRAIN),
+    OptionSpec("config", "json", "Training parameters as one JSON object; sft.… and sfft.… win over it.", _TRAIN),
+    OptionSpec("deepspeedConfig", "json", "DeepSpeed's configuration as JSON.", _TRAIN),
+    *(
+        OptionSpec(f"{way}.{typed}.*", kind, f"{typed.capitalize()} parameter of {what}.", _TRAIN)
+        for way, what in (("sft", "fine-tuning"), ("sfft", "full-parameter training"))
+        for typed, kind in _TYPED
+    ),
+)  # fmt: skip
+
+CHECKPOINTS = (
+    OptionSpec("modelNameOrPath", "text", "Folder of the base model.", ("convert", "merge"), aliases=("model_dir",)),
+    OptionSpec("checkpointDir", "text", "Folder of the training checkpoints.", ("convert",)),
+    OptionSpec("tag", "text", "Which checkpoint of the folder, such as Epoch-1.", ("convert",)),
+    OptionSpec("to", "text", "What to make of it: a file format or a dtype.", ("convert",)),
+    OptionSpec("adapterNameOrPath", "text", "Folder of the LoRA adapter.", ("merge",), aliases=("checkpoint_dir",)),
+    OptionSpec("savePath", "text", "Folder for the result.", ("convert", "merge")),
+    OptionSpec("config", "text", "YAML file that lists the checkpoints.", ("import",)),
+    OptionSpec("retries", "int", "How often a failed copy is tried again.", ("import",), 3, minimum=0),
+    OptionSpec("max_parallel_jobs", "int", "Checkpoints copied at the same time.", ("import",), 4, minimum=1),
+)  # fmt: skip
+
+BENCHMARK = (
+    OptionSpec("mode", "text", "Where requests come from.", _BENCH, "synthetic", choices=("synthetic", "real_workload", "custom")),
+    OptionSpec("url", "text", "Address of an OpenAI-compatible endpoint, instead of a function.", _BENCH),
+    OptionSpec("num_concurrent_requests", "int", "Requests in flight.", _BENCH, 10, minimum=1),
+    OptionSpec("num_requests", "int", "Requests in all.", _BENCH, 10, ("max_num_completed_requests",), minimum=1),
+    OptionSpec("mean_input_tokens", "float", "Mean of the tokens of a prompt.", _BENCH, 550.0, ("num_input_tokens",), minimum=1),
+    OptionSpec("stddev_input_tokens", "float", "Standard deviation of the tokens of a prompt.", _BENCH, 150.0, minimum=0),
+    OptionSpec("mean_output_tokens", "float", "Mean of the tokens of an answer.", _BENCH, 150.0, ("num_output_tokens",), minimum=1),
+    OptionSpec("stddev_output_tokens", "float", "Standard deviation of the tokens of an answer.", _BENCH, 80.0, minimum=0),
+    OptionSpec("qps", "float", "Requests sent each second in real_workload.", _BENCH, 0.5, minimum=0.000001),
+    OptionSpec("qps_distribution", "text", "Time between requests in real_workload.", _BENCH, "constant", choices=("constant", "uniform", "exponential")),
+    OptionSpec("warmup", "bool", "Send a few requests first, not counted.", _BENCH, True),
+    OptionSpec("timeout", "float", "Seconds after which no more requests are sent.", _BENCH, 600.0, minimum=0.001),
+    OptionSpec("seed", "int", "Seed of the prompts and lengths.", _BENCH, 11111),
+    OptionSpec("results_dir", "text", "Folder for the JSON files and the HTML report.", _BENCH),
+)  # fmt: skip
+
+SERVING = (
+    OptionSpec("model_list", "list", "Functions behind the new one.", ("bundle",)),
+    OptionSpec("router", "text", "How a call chooses among them.", ("bundle",)),
+    OptionSpec("port", "int", "Port on the loopback address.", ("serve",), 8000, minimum=1, maximum=65535),
+    OptionSpec("api_key", "text", "Token that clients send, by reference: env:NAME or file:PATH.", ("serve",), secret=True),
+)  # fmt: skip
+
+TABLES = (
+    OptionSpec("partitionNum", "int", "Number of partitions; required.", (REPARTITION,), minimum=1),
+    OptionSpec("partitionType", "text", "How rows are dealt out.", (REPARTITION,), "hash", choices=("hash", "range")),
+    OptionSpec("partitionCols", "list", "Columns that decide the partition.", (REPARTITION,)),
+    OptionSpec("shuffle", "bool", "Deal out evenly; false only joins partitions.", (REPARTITION,), True),
+)  # fmt: skip
+
+EVERYWHERE = (
+    OptionSpec("action", "text", "What to do.", _EVERY_ACTION, DEFAULT_ACTION, choices=_EVERY_ACTION),
+    OptionSpec("modelTable", "text", "Byzer's table of model bytes.", _EVERY_ACTION, choices=("command",), ignored="models are read from folders"),
+    OptionSpec("model", "text", "Byzer's table of model bytes.", _EVERY_ACTION, choices=("command",), ignored="models are read from folders"),
+    OptionSpec("keepPartitionNum", "bool", "Byzer's number of input partitions.", _TRAIN, ignored="tables have no partitions to keep"),
+    OptionSpec("debugMode", "bool", "Byzer's call log.", _EVERY_ACTION, ignored="!llm usage; tells the time of calls"),
+)  # fmt: skip
+
+TABLE: tuple[OptionSpec, ...] = (
+    *SETTINGS, *EVERYWHERE, *INFER, *FINETUNE, *CHECKPOINTS, *BENCHMARK, *SERVING, *TABLES,
+)  # fmt: skip

@@ -1,0 +1,124 @@
+"""The session: what all cursors of one database share.
+
+Settings, variables, the model functions, the statements in flight and what they used. Two sessions in one process
+know nothing of each other.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from runtime.gateway import FailedRow, Statement, Usage
+from sqlext import options
+from udfs.context import StatementTable
+from udfs.register import FunctionCatalog
+
+_ERRORS = pa.schema(
+    [("statement", pa.int64()), *((name, pa.string()) for name in ("model", "input_key", "code", "message"))]
+)
+_USAGE = pa.schema(
+    [
+        ("statement", pa.int64()),
+        ("model", pa.string()),
+        *((name, pa.int64()) for name in ("rows", "calls", "reused", "errors", "prompt_tokens", "completion_tokens")),
+        ("seconds", pa.float64()),
+    ]
+)
+HISTORY = 1000  # ended statements whose usage is remembered
+
+
+class Session:
+    """State shared by the cursors of one database.
+
+    Args:
+        raw: a DuckDB connection to the database; the session keeps a cursor of its own on it.
+
+    Attributes:
+        notify: told what is worth saying but is not data; prints to stderr unless replaced.
+        on_deploy: told how far a deployment is.
+    """
+
+    def __init__(self, raw: duckdb.DuckDBPyConnection) -> None:
+        self._admin = raw.cursor()
+        self.statements = StatementTable()
+        self.functions = FunctionCatalog(self._admin, self.statements)
+        self.settings: dict[str, Any] = options.defaults("single")
+        self.variables: dict[str, str] = {}
+        self.dialect = "duckdb"
+        self.notify: Callable[[str], None] = _to_stderr
+        self.on_deploy: Callable[[Any], None] | None = None
+        self.history: deque[Statement] = deque(maxlen=HISTORY)
+        self._duckdb_settings: frozenset[str] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def duckdb_settings(self) -> frozenset[str]:
+        """Names that `SET name=…` gives to DuckDB and not to a variable of ours."""
+        if self._duckdb_settings is None:
+            rows = self._admin.execute("SELECT name FROM duckdb_settings()").fetchall()
+            self._duckdb_settings = frozenset(name.lower() for (name,) in rows)
+        return self._duckdb_settings
+
+    def new_statement(self, text: str) -> Statement:
+        """A statement with the session's present settings."""
+        return Statement(
+            self.statements.new_id(), text, on_error=self.settings["on_error"], cache=self.settings["cache"]
+        )
+
+    def ended(self, statement: Statement) -> None:
+        """Remember what a statement used."""
+        self.statements.discard(statement)
+        if statement.usage:
+            with self._lock:
+                self.history.append(statement)
+
+    def errors_table(self) -> pa.Table:
+        """`llm_errors`: the failed rows of all remembered statements, oldest first."""
+        rows = [row for statement in self._known() for row in statement.failed_rows]
+        columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(FailedRow)}
+        return pa.table(columns, _ERRORS)
+
+    def usage_table(self) -> pa.Table:
+        """`!llm usage`: what each remembered statement used of each model."""
+        used = [
+            (statement.id, model, usage) for statement in self._known() for model, usage in statement.usage.items()
+        ]
+        columns: dict[str, list[Any]] = {"statement": [u[0] for u in used], "model": [u[1] for u in used]}
+        for field in fields(Usage):
+            columns[field.name] = [round(getattr(usage, field.name), 3) for _, _, usage in used]
+        return pa.table(columns, _USAGE)
+
+    def _known(self) -> list[Statement]:
+        with self._lock:
+            return [*self.history, *self.statements.running(), self.statements.default]
+
+    def is_duckdb_function(self, name: str) -> bool:
+        """Whether `name` is a function that DuckDB has without us."""
+        if name in self.functions.gateways():
+            return False
+        query = "SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = lower(?) AND internal LIMIT 1"
+        return self._admin.execute(query, [name]).fetchone() is not None
+
+    def close(self) -> None:
+        """Drop the functions and the handles to their workers. The models stay deployed on a cluster of others."""
+        for statement in self.statements.running():
+            statement.cancel()
+        gateways = self.functions.gateways()
+        with suppress(duckdb.Error):  # the database may have been closed before us
+            self.functions.close()
+        for gateway in gateways.values():
+            gateway.close()
+        self._admin.close()
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
