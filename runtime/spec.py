@@ -98,7 +98,7 @@ class PoolSpec:
         num_workers: Ray actors, each with one copy of the model.
         worker_concurrency: batches one worker runs at the same time.
         gpus_per_worker: GPUs reserved by each worker, fractions allowed; None = one when the cluster has any.
-        cpus_per_worker: CPUs reserved by each worker; also its number of torch threads.
+        cpus_per_worker: CPUs reserved by each worker; rounded down, but at least 1, its number of torch threads.
         resources: Ray custom resources of each worker, for placing it on certain nodes.
         load_balance: 'lru' or 'round_robin'.
         load_timeout_s: seconds a worker may take to load its model.
@@ -108,7 +108,7 @@ class PoolSpec:
     num_workers: int = 1
     worker_concurrency: int = 1
     gpus_per_worker: float | None = None
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: float = 0.5  # a model that waits needs none: more of them fit than there are cores
     resources: tuple[tuple[str, float], ...] = ()
     load_balance: str = "lru"
     load_timeout_s: float = 600.0

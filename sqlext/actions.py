@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -24,6 +24,14 @@ def carry_out(statement: Statement, connection: Connection) -> pa.Table | None:
     Raises:
         SqlextError: it cannot be done; nothing was changed.
     """
+    try:
+        return _carried_out(statement, connection)
+    except UserError as error:
+        error.place = error.place or statement.place
+        raise
+
+
+def _carried_out(statement: Statement, connection: Connection) -> pa.Table | None:
     match statement:
         case SetVariable():
             _set_variable(statement, connection)
@@ -38,7 +46,7 @@ def carry_out(statement: Statement, connection: Connection) -> pa.Table | None:
         case Llm():
             return _llm(statement, connection)
         case ExplainLlm():
-            raise _not_available("EXPLAIN LLM", statement)
+            raise _not_available("EXPLAIN LLM")
         case Sql():
             raise AssertionError("DuckDB's statements are not carried out here")
     return None
@@ -47,7 +55,7 @@ def carry_out(statement: Statement, connection: Connection) -> pa.Table | None:
 def _set_variable(statement: SetVariable, connection: Connection) -> None:
     session = connection.session
     if statement.name.lower() == "dialect":
-        set_dialect(connection, statement.value, statement)
+        set_dialect(connection, statement.value)
     elif statement.kind == "sql":
         row = connection.raw.execute(statement.value).fetchone()
         session.variables[statement.name] = "" if row is None or row[0] is None else str(row[0])
@@ -55,7 +63,7 @@ def _set_variable(statement: SetVariable, connection: Connection) -> None:
         session.variables[statement.name] = statement.value
 
 
-def set_dialect(connection: Connection, word: str, statement: SetVariable | None = None) -> None:
+def set_dialect(connection: Connection, word: str) -> None:
     """Choose the dialect of the SQL that follows.
 
     Raises:
@@ -67,7 +75,6 @@ def set_dialect(connection: Connection, word: str, statement: SetVariable | None
             f'The dialect "{word}" is not known.',
             code="option_value",
             hint=f'Did you mean "{near}"?' if near else f"Known: {', '.join(DIALECTS)}.",
-            place=statement.place if statement else None,
         )
     connection.session.dialect = word.lower()
 
@@ -75,6 +82,7 @@ def set_dialect(connection: Connection, word: str, statement: SetVariable | None
 def _setup(statement: Setup, connection: Connection) -> None:
     session = connection.session
     resolved = options.resolve(statement.settings, "setup")
+    options.require_available(statement.settings, "setup")
     base = options.defaults(statement.preset) if statement.preset else session.settings
     session.settings = {**base, **resolved.values}
     for notice in resolved.notices:
@@ -84,11 +92,11 @@ def _setup(statement: Setup, connection: Connection) -> None:
 def _run(statement: Run, connection: Connection) -> pa.Table:
     session = connection.session
     if statement.algorithm != "LLM":
-        raise _not_available(statement.algorithm, statement)
+        raise _not_available(statement.algorithm)
     action = next((str(o.value) for o in statement.options if o.key.lower() == "action"), options.DEFAULT_ACTION)
     known = options.action(action, statement)
     if not known.available:
-        raise _not_available(f'The action "{known.name}"', statement)
+        raise _not_available(f'The action "{known.name}"')
     table = infer(statement, session, session.on_deploy)
     if statement.result:
         sources.keep(connection.raw, statement.result, table)
@@ -98,7 +106,7 @@ def _run(statement: Run, connection: Connection) -> pa.Table:
 def _llm(statement: Llm, connection: Connection) -> pa.Table:
     verb = _VERBS.get(statement.verb)
     if verb is None:
-        raise _not_available(f"!llm {statement.verb}", statement)
+        raise _not_available(f"!llm {statement.verb}")
     return verb(connection, *statement.args)
 
 
@@ -121,11 +129,10 @@ _VERBS: dict[str, Callable[..., pa.Table]] = {
 }
 
 
-def _not_available(what: str, statement: Any) -> UserError:
+def _not_available(what: str) -> UserError:
     actions = [action.name for action in options.ACTIONS if action.available]
     return UserError(
         f"{what} is not available in this version.",
         code="not_available",
         hint=f"Available: the actions {', '.join(actions)}, and !llm setup, {', '.join(_VERBS)}.",
-        place=statement.place,
     )

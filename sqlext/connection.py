@@ -27,9 +27,6 @@ from sqlext.session import Session
 from udfs.context import VARIABLE
 from udfs.signatures import quote
 
-# DuckDB suggests relations instead, which would run a query again each time they are read.
-warnings.filterwarnings("ignore", message="Arrow output on a DB-API result", category=UserWarning)
-
 # Methods of DuckDB's that read the last result: a part of it, or all, which ends the statement.
 _PART_READERS = ("fetchone", "fetchmany", "fetch_df_chunk", "to_arrow_reader")
 _WHOLE_READERS = ("fetchall", "df", "fetchdf", "fetch_df", "fetchnumpy", "pl", "torch", "tf", "to_arrow_table")
@@ -161,10 +158,13 @@ class Connection:
 
     def arrow(self) -> pa.Table:
         """The last result as an Arrow table."""
-        table: pa.Table = self._read("to_arrow_table")
+        with warnings.catch_warnings():
+            # DuckDB suggests a relation instead, which would run the query again each time it is read.
+            warnings.filterwarnings("ignore", message="Arrow output on a DB-API result", category=UserWarning)
+            table: pa.Table = self._read("to_arrow_table")
         return table
 
-    fetch_arrow_table = arrow
+    fetch_arrow_table = to_arrow_table = arrow
 
     def __getattr__(self, name: str) -> Any:
         if name in _PART_READERS or name in _WHOLE_READERS:
@@ -184,7 +184,8 @@ class Connection:
 
     def _show(self, table: pa.Table | None) -> None:
         self.has_rows = table is not None
-        self._result = None if table is None else self.raw.from_arrow(table)
+        # DuckDB finds the variable `table` by its name.
+        self._result = None if table is None else self.raw.execute('FROM "table"')
 
     # -- DuckDB's statements -------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from runtime import cluster, engines
 from runtime.checkpoints.inspect import inspect
 from runtime.checkpoints.model_types import AUTO, pretrained_model_type
-from runtime.errors import UserError, did_you_mean
+from runtime.errors import UserError
 from runtime.gateway import Gateway
 from runtime.spec import CallOptions, ModelSpec, PoolSpec, Task
 from sqlext import options
@@ -36,43 +36,44 @@ def infer(run: Run, session: Session, progress: Callable[[cluster.DeployProgress
         DeployError: the model did not come up; nothing was registered and no process is left.
     """
     said = options.resolve(run.options, "infer")
+    task = pretrained_model_type(str(said.values.get("pretrainedModelType") or AUTO))
+    options.require_available(run.options, "infer")
     for notice in said.notices:
         session.notify(notice)
-    name = _function_name(str(said.values.get("udfName") or ""), run, session)
+    name = _function_name(str(said.values.get("udfName") or ""), session)
     started = time.monotonic()
     cluster.connect(session.settings["ray_address"])
     if said.values.get("reconnect"):
         pool = cluster.attach(name)
     else:
-        spec = model_spec(name, said.values, run, session.settings)
+        spec = model_spec(name, task, said.values, run, session.settings)
         pool = cluster.deploy(spec, pool_spec(session.settings), progress=progress)
     defaults = pool.spec.defaults
     replaced = session.functions.put(name, Gateway(pool, defaults), defaults)
     if replaced:
         replaced.close()
     if not said.values.get("reconnect"):
-        cluster.remove_older(pool)
+        cluster.retire_older(pool)
     return _report(pool, time.monotonic() - started)
 
 
-def model_spec(name: str, values: Mapping[str, Any], run: Run, settings: dict[str, Any]) -> ModelSpec:
+def model_spec(
+    name: str, task: Task | None, values: Mapping[str, Any], run: Run, settings: dict[str, Any]
+) -> ModelSpec:
     """What to load, from the statement's options and the session's settings."""
     wanted = settings["infer_backend"]
     path = values.get("localModelDir") or run.path
     extra = _engine_options(values)
-    defaults = _generation_defaults(values, run)
+    defaults = _generation_defaults(values)
     if wanted != "transformers":
-        if wanted not in engines.available():
-            raise _no_engine(wanted, run)
-        return ModelSpec(name, wanted, path, None, extra, defaults)
+        engines.loader(wanted)  # a name that is not installed is said now, not by a worker
+        return ModelSpec(name, wanted, path, task, extra, defaults)
     if not path:
         raise UserError(
             "The statement names no checkpoint.",
             code="checkpoint_missing",
             hint='Add AND localModelDir="/path/to/model", or write the path between the backquotes: LLM.`/path`.',
-            place=run.place,
         )
-    task = pretrained_model_type(values.get("pretrainedModelType") or AUTO)
     checkpoint = inspect(path, task)
     return ModelSpec(name, _ENGINES[checkpoint.task], checkpoint.path, checkpoint.task, extra, defaults)
 
@@ -97,27 +98,24 @@ def pool_spec(settings: dict[str, Any]) -> PoolSpec:
     )
 
 
-def _function_name(name: str, run: Run, session: Session) -> str:
+def _function_name(name: str, session: Session) -> str:
     if not name:
         raise UserError(
             "The statement does not say how the function is to be called.",
             code="option_missing",
             hint='Add AND udfName="chat".',
-            place=run.place,
         )
     if not re.fullmatch(r"[A-Za-z_]\w{0,62}", name, re.ASCII):
         raise UserError(
             f'udfName "{name[:80]}" is no name for a function.',
             code="option_value",
             hint="Use letters, digits and underscores, beginning with a letter; at most 63.",
-            place=run.place,
         )
     if session.is_duckdb_function(name):
         raise UserError(
             f'"{name}" is already a function of DuckDB.',
             code="option_value",
             hint=f'Choose another udfName, for example "{name}_llm".',
-            place=run.place,
         )
     return name
 
@@ -129,24 +127,9 @@ def _engine_options(values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(said.items()))
 
 
-def _generation_defaults(values: Mapping[str, Any], run: Run) -> CallOptions:
+def _generation_defaults(values: Mapping[str, Any]) -> CallOptions:
     prefix = "generation."
-    try:
-        return options_from({key.removeprefix(prefix): v for key, v in values.items() if key.startswith(prefix)})
-    except UserError as error:
-        error.place = run.place
-        raise
-
-
-def _no_engine(wanted: str, run: Run) -> UserError:
-    known = sorted(engines.available())
-    near = did_you_mean(wanted, known)
-    return UserError(
-        f'The engine "{wanted}" is not available.',
-        code="engine_unknown",
-        hint=(f'Did you mean "{near}"? ' if near else "") + f"Available here: {', '.join(known)}.",
-        place=run.place,
-    )
+    return options_from({key.removeprefix(prefix): v for key, v in values.items() if key.startswith(prefix)})
 
 
 def _report(pool: cluster.Pool, seconds: float) -> pa.Table:

@@ -36,6 +36,7 @@ class OptionSpec:
         spellings: other spellings of choices, and what they mean.
         ignored: why this old key has no meaning here; it is accepted with a notice.
         secret: the value is a key or a reference to one.
+        planned: not yet available; giving it is an error that says so.
     """
 
     name: str
@@ -50,6 +51,7 @@ class OptionSpec:
     maximum: float | None = None
     ignored: str = ""
     secret: bool = False
+    planned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +95,19 @@ SETTINGS = (
     OptionSpec("num_workers", "int", "Workers of a model, each with one copy of it.", _S, 1, ("maxConcurrency",), minimum=1),
     OptionSpec("worker_concurrency", "int", "Batches that one worker runs at the same time.", _S, 1, ("workerMaxConcurrency",), minimum=1),
     OptionSpec("gpus_per_worker", "float", "GPUs of one worker, fractions allowed; not set: one when the cluster has any.", _S, None, ("num_gpus",), minimum=0),
-    OptionSpec("cpus_per_worker", "float", "CPUs of one worker.", _S, 1.0, ("num_cpus",), minimum=0),
+    OptionSpec("cpus_per_worker", "float", "CPUs that one worker reserves; rounded down, but at least 1, its number of threads.", _S, 0.5, ("num_cpus",), minimum=0),
     OptionSpec("infer_backend", "text", "Engine that runs models; transformers chooses by the checkpoint.", _S, "transformers", spellings=(("ray/vllm", "vllm"), ("ray/deepspeed", "deepspeed"))),
-    OptionSpec("load_balance", "text", "Which worker takes a batch: the least busy, the next, or the one with the prefix.", _S, "lru", choices=("lru", "round_robin", "prefix")),
+    OptionSpec("load_balance", "text", "Which worker takes a batch: the least busy one, or each in turn.", _S, "lru", choices=("lru", "round_robin")),
     OptionSpec("timeout", "float", "Seconds that a batch may take before its worker counts as hung.", _S, 600.0, minimum=0.001),
     OptionSpec("load_timeout", "float", "Seconds that a worker may take to load its model.", _S, 600.0, ("modelWaitServerReadyTimeout",), minimum=0.001),
     OptionSpec("ray_address", "text", "Ray cluster: auto, local or host:port; not set: one inside this process.", _S),
     OptionSpec("resource.*", "float", "Amount of a Ray custom resource that each worker takes, to place it on certain nodes.", _S, minimum=0),
-    OptionSpec("standalone", "bool", "Each worker reads the checkpoint itself.", _S, False),
+    OptionSpec("standalone", "bool", "Byzer's way of handing out weights.", _S, ignored="each worker always reads the checkpoint itself"),
     OptionSpec("on_error", "text", "A failed row: listed and NULL, NULL, or the statement fails.", _S, "record", choices=("record", "null", "fail")),
-    OptionSpec("max_tokens_total", "int", "Most tokens that a statement may use.", _S, minimum=1),
-    OptionSpec("max_rows", "int", "Most rows that a statement may send to models.", _S, minimum=1),
+    OptionSpec("max_tokens_total", "int", "Most tokens that a statement may use.", _S, minimum=1, planned=True),
+    OptionSpec("max_rows", "int", "Most rows that a statement may send to models.", _S, minimum=1, planned=True),
     OptionSpec("cache", "text", "Stored answers: used and kept, neither, or only used.", _S, "on", choices=("on", "off", "read")),
-    OptionSpec("owner", "text", "Whose deployments and jobs these are.", _S),
+    OptionSpec("owner", "text", "Byzer's owner of models.", _S, ignored="models belong to the cluster"),
     OptionSpec("pythonExec", "text", "Byzer's Python command.", _S, ignored="models run in the Python of this process"),
     OptionSpec("runIn", "text", "Byzer's place of a Python task.", _S, ignored="work always runs on Ray workers"),
     OptionSpec("dataMode", "text", "Byzer's way of passing data.", _S, ignored="data always passes as Arrow"),
@@ -123,16 +125,16 @@ INFER = (
     OptionSpec("localModelDir", "text", "Folder of the checkpoint; the path in backquotes means the same.", (*_INFER, *_TRAIN, "inspect", "render", "import")),
     OptionSpec("pretrainedModelType", "text", "Kind of model, such as custom/auto, custom/bge, sft/llama2, saas/openai.", (*_INFER, *_TRAIN, "convert", "merge")),
     OptionSpec("reconnect", "bool", "Register the functions of a running deployment again, without loading.", _INFER, False),
-    OptionSpec("adapter", "text", "Folder of a LoRA adapter to put on the model.", _INFER),
+    OptionSpec("adapter", "text", "Folder of a LoRA adapter to put on the model.", _INFER, planned=True),
     OptionSpec("quantization", "text", "Bits of quantized weights; true means 4.", _INFER, aliases=("quatization",), choices=("4", "8", "true", "false")),
-    OptionSpec("prompt_format", "json", _TEMPLATE, (*_INFER, "render")),
+    OptionSpec("prompt_format", "json", _TEMPLATE, (*_INFER, "render"), planned=True),
     OptionSpec("backend.*", "auto", "Option of the engine, such as backend.max_model_len or backend.dtype.", _INFER),
     OptionSpec("generation.*", "auto", "Default of the function's named options, such as generation.temperature.", _INFER, aliases=("gen.*",)),
-    OptionSpec("saas.api_key", "text", "Key of the provider, by reference: env:NAME or file:PATH.", _INFER, secret=True),
-    OptionSpec("saas.secret_key", "text", "Second key of the provider, by reference.", _INFER, secret=True),
-    OptionSpec("saas.api_secret", "text", "Second key of the provider, by reference.", _INFER, secret=True),
-    OptionSpec("saas.gpt_url", "text", "Address of the provider's service.", _INFER, aliases=("gpt_url",)),
-    OptionSpec("saas.*", "text", "Option of a provider's model, such as saas.model or saas.api_base.", _INFER),
+    OptionSpec("saas.api_key", "text", "Key of the provider, by reference: env:NAME or file:PATH.", _INFER, secret=True, planned=True),
+    OptionSpec("saas.secret_key", "text", "Second key of the provider, by reference.", _INFER, secret=True, planned=True),
+    OptionSpec("saas.api_secret", "text", "Second key of the provider, by reference.", _INFER, secret=True, planned=True),
+    OptionSpec("saas.gpt_url", "text", "Address of the provider's service.", _INFER, aliases=("gpt_url",), planned=True),
+    OptionSpec("saas.*", "text", "Option of a provider's model, such as saas.model or saas.api_base.", _INFER, planned=True),
 )  # fmt: skip
 
 FINETUNE = (

@@ -27,6 +27,7 @@ __all__ = [
     "action",
     "defaults",
     "help_rows",
+    "require_available",
     "resolve",
     "scopes",
 ]
@@ -68,6 +69,17 @@ def resolve(options: Iterable[Option], scope: str) -> Resolved:
             values[name] = value
     told = "; ".join(f"{key} ({why})" for key, why in ignored.items())
     return Resolved(values, (f"Accepted, but without meaning here: {told}.",) if told else ())
+
+
+def require_available(options: Iterable[Option], scope: str) -> None:
+    """Refuse options that are only planned: they would be accepted and do nothing.
+
+    Raises:
+        UserError: not_available, at the first of them.
+    """
+    for option in options:
+        if _find(option, scope)[0].planned:
+            _fail(f"{option.key} is not available in this version.", "not_available", "Leave it out.", option.place)
 
 
 def defaults(scope: str) -> dict[str, Any]:
@@ -160,16 +172,17 @@ def _find(option: Option, scope: str) -> tuple[OptionSpec, str]:
 
 
 def _unknown_hint(key: str, scope: str) -> str:
-    last = key.rpartition(".")[2]
-    known = [name.replace("*", last) for spec in _specs(scope) for name in (spec.name, *spec.aliases)]
+    _, dot, last = key.rpartition(".")
+    names = [name for spec in _specs(scope) for name in (spec.name, *spec.aliases)]
+    known = [name.replace("*", last) for name in names if dot or "*" not in name]
     elsewhere = [there for spec in TABLE if _names(spec, key) for there in spec.scopes]
     if SETUP in elsewhere:
         return f'It is a setting: !llm setup "{key}=…";'
     if scope == SETUP and elsewhere:
         return f"It belongs into the WHERE of a RUN, action {' or '.join(elsewhere)}."
-    near = did_you_mean(key, known)
-    if near is None and elsewhere:
+    if elsewhere:
         return f"It is an option of {' and '.join(elsewhere)}."
+    near = did_you_mean(key, known)
     return f'Did you mean "{near}"?' if near else f'!llm help "{scope}"; lists them.'
 
 
@@ -279,7 +292,8 @@ _TYPES = {
 def _row(scope: str, spec: OptionSpec) -> tuple[str, ...]:
     default = "" if spec.default is None else _text(spec.default) if not isinstance(spec.default, tuple) else ""
     allowed = ", ".join(spec.choices) or (_range_hint(spec) or "").rstrip(".")
-    return (scope, spec.name, ", ".join(spec.aliases), spec.kind, default, allowed, spec.doc)
+    doc = f"{spec.doc} Not yet available." if spec.planned else spec.doc
+    return (scope, spec.name, ", ".join(spec.aliases), spec.kind, default, allowed, doc)
 
 
 def _fail(message: str, code: str, hint: str | None, place: Place) -> NoReturn:

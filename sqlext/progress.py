@@ -59,7 +59,7 @@ class Progress:
         self._console.print(text, style="yellow", markup=False, highlight=False)
 
     def _deploy(self, event: DeployProgress) -> None:
-        text = f"{event.phase} the model: {event.workers_ready} of {event.workers} workers"
+        text = f"{event.phase} {event.model}: {event.workers_ready} of {event.workers} workers"
         self._deploying = f"{text} · {event.seconds:.0f} s"
         if event.workers_ready == event.workers and event.phase == "loading":
             self.pause()

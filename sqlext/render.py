@@ -20,13 +20,12 @@ def show(raw: duckdb.DuckDBPyConnection, rows: pa.Table, as_json: bool) -> None:
     Args:
         as_json: each row as a JSON object on its own line, instead of a box.
     """
-    relation = raw.from_arrow(rows)
     if as_json:
-        lines = relation.query("answer", "SELECT to_json(answer)::VARCHAR FROM answer")
+        lines = raw.execute("SELECT to_json(rows)::VARCHAR FROM rows")  # DuckDB finds the variable by its name
         while batch := lines.fetchmany(1024):
             sys.stdout.writelines(f"{line}\n" for (line,) in batch)
     elif rows.num_columns:
-        relation.show(max_width=shutil.get_terminal_size((120, 24)).columns, max_rows=MAX_ROWS)
+        raw.from_arrow(rows).show(max_width=shutil.get_terminal_size((120, 24)).columns, max_rows=MAX_ROWS)
     sys.stdout.flush()
 
 

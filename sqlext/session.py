@@ -57,16 +57,8 @@ class Session:
         self.notify: Callable[[str], None] = _to_stderr
         self.on_deploy: Callable[[Any], None] | None = None
         self.history: deque[Statement] = deque(maxlen=HISTORY)
-        self._duckdb_settings: frozenset[str] | None = None
+        self.duckdb_settings = DuckdbSettings(self._admin)
         self._lock = threading.Lock()
-
-    @property
-    def duckdb_settings(self) -> frozenset[str]:
-        """Names that `SET name=…` gives to DuckDB and not to a variable of ours."""
-        if self._duckdb_settings is None:
-            rows = self._admin.execute("SELECT name FROM duckdb_settings()").fetchall()
-            self._duckdb_settings = frozenset(name.lower() for (name,) in rows)
-        return self._duckdb_settings
 
     def new_statement(self, text: str) -> Statement:
         """A statement with the session's present settings."""
@@ -118,6 +110,24 @@ class Session:
         for gateway in gateways.values():
             gateway.close()
         self._admin.close()
+
+
+class DuckdbSettings:
+    """Names that `SET name=…` gives to DuckDB, settings of extensions that are not loaded among them."""
+
+    def __init__(self, admin: duckdb.DuckDBPyConnection) -> None:
+        self._admin = admin
+        self._known: dict[str, bool] = {}
+
+    def __contains__(self, name: object) -> bool:
+        name = str(name).lower()
+        if name not in self._known:
+            try:
+                self._admin.execute("SELECT current_setting(?)", [name])
+                self._known[name] = True
+            except duckdb.Error as error:
+                self._known[name] = "unrecognized configuration parameter" not in str(error)
+        return self._known[name]
 
 
 def _to_stderr(text: str) -> None:

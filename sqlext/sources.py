@@ -92,14 +92,11 @@ def _json_rows(statement: Load, variables: Mapping[str, str]) -> pa.Table:
             f'There is no variable "{statement.path}" to load JSON from.',
             code="variable_unknown",
             hint=f'Did you mean "{near}"?' if near else f"Write SET {statement.path}='{{…}}'; before it.",
-            place=statement.place,
         )
     try:
         return json.read_json(io.BytesIO(text.encode()))
     except pa.ArrowInvalid:
-        raise UserError(
-            f'The variable "{statement.path}" is not JSON, one object a line.', code="bad_json", place=statement.place
-        ) from None
+        raise UserError(f'The variable "{statement.path}" is not JSON, one object a line.', code="bad_json") from None
 
 
 def save(statement: Save, raw: duckdb.DuckDBPyConnection) -> None:
@@ -120,7 +117,6 @@ def save(statement: Save, raw: duckdb.DuckDBPyConnection) -> None:
             f"The target {path} exists already.",
             code="target_exists",
             hint="Write SAVE overwrite … or SAVE append …, or choose another path.",
-            place=statement.place,
         )
     settings = [f"FORMAT {_WRITERS[form]}"]
     settings += [f"{key.upper()} {literal(value)}" for key, value in _options(statement.options).items()]
@@ -143,5 +139,4 @@ def _unknown_format(verb: str, statement: Load | Save, known: list[str]) -> User
         f'{verb} does not know the format "{statement.format}".',
         code="format_unknown",
         hint=(f"Did you mean {near}? " if near else "") + f"Known: {', '.join(known)}.",
-        place=statement.place,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
 
 from runtime.errors import UserError, did_you_mean
@@ -48,12 +48,13 @@ def available() -> dict[str, str]:
 
 
 def loader(name: str) -> Callable[[ModelSpec], Engine]:
-    """The `load` function of the engine called `name`.
+    """The `load` function of the engine called `name`; a name with a colon, ``module:function``, is imported.
 
     Raises:
         UserError: no such engine is installed.
     """
-    for point in entry_points(group=GROUP, name=name):
+    named = [EntryPoint(name, name, GROUP)] if ":" in name else entry_points(group=GROUP, name=name)
+    for point in named:
         load: Callable[[ModelSpec], Engine] = point.load()
         return load
     known = available()

@@ -1,0 +1,43 @@
+"""Ray, and nothing else of the kind: workers, pools of them, and what is deployed. The only importer of ray."""
+
+from runtime.cluster.connection import (
+    ClusterInfo,
+    Resources,
+    cluster_address,
+    connect,
+    free,
+    shutdown,
+)
+from runtime.cluster.deployments import (
+    DeploymentInfo,
+    DeployProgress,
+    attach,
+    deploy,
+    deployments,
+    exists,
+    remove,
+    retire,
+    retire_older,
+)
+from runtime.cluster.pool import Pool
+from runtime.cluster.worker import WorkerInfo
+
+__all__ = [
+    "ClusterInfo",
+    "DeployProgress",
+    "DeploymentInfo",
+    "Pool",
+    "Resources",
+    "WorkerInfo",
+    "attach",
+    "cluster_address",
+    "connect",
+    "deploy",
+    "deployments",
+    "exists",
+    "free",
+    "remove",
+    "retire",
+    "retire_older",
+    "shutdown",
+]

@@ -1,0 +1,118 @@
+"""The command line: stdout is data, stderr is talk, and the exit code tells how it ended."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SQLEXT = str(Path(sys.executable).with_name("sqlext"))
+
+
+def sqlext(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SQLEXT, *arguments], input=stdin, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_script_prints_its_results_as_boxes(tmp_path):
+    """sqlext run FILE shows what a person wants to read, and nothing for statements without rows."""
+    (tmp_path / "a.sql").write_text("CREATE TABLE t AS SELECT 42 AS answer; INSERT INTO t VALUES (43); FROM t;")
+    done = sqlext("run", str(tmp_path / "a.sql"))
+    assert done.returncode == 0
+    assert done.stdout.count("answer") == 1
+    assert "43" in done.stdout
+    assert done.stderr == ""
+
+
+def test_json_lines_for_programs():
+    """--json prints a JSON object for each row, of any type."""
+    done = sqlext("--json", "-c", "SELECT 1 AS i, [1, 2] AS l, {'a': 'x'} AS s, DATE '2026-01-02' AS d, NULL AS n")
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        {"i": 1, "l": [1, 2], "s": {"a": "x"}, "d": "2026-01-02", "n": None}
+    ]
+
+
+def test_stdin_and_several_files_share_a_session(tmp_path):
+    """SQL comes from stdin, too; files run one after the other in one session."""
+    assert '"x":1' in sqlext("--json", stdin="SELECT 1 AS x;").stdout
+    (tmp_path / "a.sql").write_text("SET v='7';")
+    (tmp_path / "b.sql").write_text("SELECT ${v} AS x;")
+    assert '{"x":7}\n' == sqlext("run", "--json", str(tmp_path / "a.sql"), str(tmp_path / "b.sql")).stdout
+    assert '{"x":3}\n' == sqlext("run", "--json", "-", stdin="SELECT 3 AS x").stdout
+
+
+def test_variables_database_and_dialect(tmp_path):
+    """--set gives ${…} a value, --db keeps the tables, --dialect translates."""
+    file = str(tmp_path / "my.duckdb")
+    assert (
+        sqlext("--db", file, "--set", "day=2026-11-20", "-c", "CREATE TABLE t AS SELECT '${day}' AS day").returncode
+        == 0
+    )
+    assert '{"day":"2026-11-20"}\n' == sqlext("--db", file, "--json", "-c", "FROM t").stdout
+    assert '{"x":"v"}\n' == sqlext("--dialect", "spark", "--json", "-c", 'select map("k","v")["k"] as x').stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["-c", "SELECT 1"], 0, ""),
+        (["-c", "SELECT * FROM nope"], 1, "nope does not exist"),
+        (["-c", "RUN command AS LLM"], 2, "line 1"),
+        (["-c", '!llm setup "num_wrkers=1"'], 2, "num_workers"),
+        (["run", "missing.sql"], 2, "missing.sql cannot be read"),
+        (["run"], 2, "FILE"),
+        (["--nonsense"], 2, "nonsense"),
+        (["--set", "x", "-c", "SELECT 1"], 2, "--set name=value"),
+        (["--dialect", "sparc", "-c", "SELECT 1"], 2, "spark"),
+        (["--help"], 0, ""),
+    ],
+)
+def test_exit_codes(arguments, code, told):
+    """0 done, 1 a statement failed, 2 something to correct; the cause is on stderr."""
+    done = sqlext(*arguments)
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_errors_name_the_file_and_the_line(tmp_path):
+    """A mistake in a script is told with file, line, column and a caret."""
+    script = tmp_path / "job.sql"
+    script.write_text('SELECT 1;\n!llm setup "num_workers=many";\n')
+    done = sqlext("run", str(script))
+    assert done.returncode == 2
+    assert f"{script}: line 2" in done.stderr
+    assert "^" in done.stderr
+
+
+def test_a_model_that_does_not_come_up_is_exit_code_3():
+    """More GPUs than the machine has: one message, code 3."""
+    done = sqlext(
+        "-c",
+        '!llm setup "infer_backend=echo" "gpus_per_worker=64"; RUN command AS LLM.`` WHERE action="infer" AND udfName="m"',
+    )
+    assert done.returncode == 3, done.stderr
+    assert "GPU" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 6
+
+
+def test_doctor_tells_what_is_there():
+    """Versions, engines, devices, extras; also as JSON."""
+    found = {line["what"]: line for line in map(json.loads, sqlext("doctor", "--json").stdout.splitlines())}
+    assert found["duckdb"]["state"] == "ok"
+    assert "transformers" in found["engines"]["detail"]
+    assert "cores" in found["cpu"]["detail"]
+    assert "extra demo" in found
+
+
+@pytest.mark.parametrize("module", ["sqlext", "sqlext.cli"])
+def test_start_up_loads_nothing_heavy(module):
+    """import sqlext and sqlext --help load no ray, torch, transformers, pandas, duckdb or pyarrow."""
+    heavy = ("ray", "torch", "transformers", "pandas", "duckdb", "pyarrow", "sqlglot", "rich")
+    check = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )
