@@ -93,7 +93,7 @@ def _run(
         actions.set_dialect(connection, dialect)
         for name, text in scripts:
             for _ in connection.run(text, file=name):
-                if connection.description is not None:
+                if connection.has_rows:
                     table = connection.fetch_arrow_table()
                     progress.pause()
                     render.show(connection.raw, table, as_json)

@@ -68,6 +68,7 @@ class Connection:
         self._owns_session = owns_session
         self._functions_seen = 0
         self._result: Any = raw
+        self._own_results = raw.cursor()
         self._named_results = NamedResults()
         self._interruptible = Interruptible(self.interrupt)
         raw.register("llm_errors", sources.LiveTable(session.errors_table))
@@ -141,6 +142,7 @@ class Connection:
         if self._owns_session:
             self.session.close()
         self._result = None
+        self._own_results.close()
         self.raw.close()
 
     def __enter__(self) -> Connection:
@@ -184,8 +186,8 @@ class Connection:
 
     def _show(self, table: pa.Table | None) -> None:
         self.has_rows = table is not None
-        # DuckDB finds the variable `table` by its name.
-        self._result = None if table is None else self.raw.execute('FROM "table"')
+        # On a cursor of its own, as an unread result would keep `raw` busy. DuckDB finds `table` by its name.
+        self._result = None if table is None else self._own_results.execute('FROM "table"')
 
     # -- DuckDB's statements -------------------------------------------------------------------------------
 

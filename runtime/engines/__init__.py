@@ -53,10 +53,20 @@ def loader(name: str) -> Callable[[ModelSpec], Engine]:
     Raises:
         UserError: no such engine is installed.
     """
-    named = [EntryPoint(name, name, GROUP)] if ":" in name else entry_points(group=GROUP, name=name)
-    for point in named:
-        load: Callable[[ModelSpec], Engine] = point.load()
-        return load
+    load: Callable[[ModelSpec], Engine] = require(name).load()
+    return load
+
+
+def require(name: str) -> EntryPoint:
+    """Where the engine called `name` is loaded from, without importing it.
+
+    Raises:
+        UserError: no such engine is installed.
+    """
+    if ":" in name:
+        return EntryPoint(name, name, GROUP)
+    for point in entry_points(group=GROUP, name=name):
+        return point
     known = available()
     near = did_you_mean(name, known)
     raise UserError(

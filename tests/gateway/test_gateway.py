@@ -304,7 +304,12 @@ def test_an_engine_that_forgets_rows_is_found_out():
             for answers in super().run(worker, batch):
                 keep = [i for i, prompt in enumerate(batch.prompts) if prompt != "lost"]
                 yield type(answers)(
-                    keep, [answers.outputs[i] for i in keep], ["stop"] * len(keep), [1] * len(keep), [1] * len(keep), 0
+                    keep,
+                    [answers.outputs[i] for i in keep],
+                    ["stop"] * len(keep),
+                    [1] * len(keep),
+                    [1] * len(keep),
+                    0,
                 )
 
     gateway = Gateway(Forgetful())

@@ -179,6 +179,17 @@ def test_statements_before_an_error_are_done(db):
     assert db.execute("SHOW TABLES").fetchall() == [("llm_errors",), ("t",)]
 
 
+def test_an_unread_result_blocks_nothing(db):
+    """What nobody has read yet stands in the way of no later statement, ours or DuckDB's."""
+    for unread in ("FROM range(100000)", "!llm help"):
+        db.execute(unread)
+        db.execute("SET rows='{\"a\": 1}'; LOAD jsonStr.`rows` AS inline; SELECT a FROM inline")
+        db.execute(unread)
+        db.execute("CREATE OR REPLACE TABLE t AS SELECT 1 AS i")
+        db.execute(unread)
+        assert db.sql("FROM t").fetchall() == [(1,)]
+
+
 def test_help_and_settings_answer_as_tables(db):
     """!llm help lists actions and settings; a word narrows it; a wrong word names the nearest."""
     everything = db.execute("!llm help").df()

@@ -16,6 +16,7 @@ import duckdb
 import models
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 
 import sqlext
@@ -50,7 +51,7 @@ def greedy(folder: Path, prompts: list[str], max_tokens: int) -> list[str]:
 def test_greedy_text_equals_plain_transformers(con, deploy, checkpoints):
     """Token by token the same as model.generate, for every row of a table in batches on two workers."""
     deploy(checkpoints["chat"], "chat", "num_workers=2")
-    con.raw.register("questions", __import__("pyarrow").table({"id": range(len(PROMPTS)), "q": PROMPTS}))
+    con.register("questions", pa.table({"id": range(len(PROMPTS)), "q": PROMPTS}))
     rows = con.execute("SELECT chat(q, max_tokens := 24) FROM questions ORDER BY id").fetchall()
     assert [answer for (answer,) in rows] == greedy(checkpoints["chat"], PROMPTS, 24)
 
@@ -61,7 +62,7 @@ def test_embeddings_equal_sentence_transformers(con, deploy, checkpoints):
 
     deploy(checkpoints["minilm"], "embed")
     texts = [f"text {i}: " + "a table of values " * (i % 13) for i in range(60)]
-    con.raw.register("texts", __import__("pyarrow").table({"id": range(60), "t": texts}))
+    con.register("texts", pa.table({"id": range(60), "t": texts}))
     vectors = con.execute("SELECT embed(t) AS v FROM texts ORDER BY id").arrow()["v"].combine_chunks()
     ours = vectors.flatten().to_numpy().reshape(60, -1)
     theirs = SentenceTransformer(str(checkpoints["minilm"]), device="cpu").encode(texts)
@@ -272,12 +273,12 @@ def test_a_killed_worker_is_replaced_in_the_middle_of_a_query(con, deploy, check
     victim = workers("emb")[0]
     with ThreadPoolExecutor(1) as threads:
         query = threads.submit(
-            lambda: con.cursor().execute("SELECT count(emb('text ' || i)) FROM range(6000) t(i)").fetchone()
+            lambda: con.cursor().execute("SELECT count(emb('text ' || i)) FROM range(6000) t(i)").fetchall()
         )
         while not con.session.statements.running() or not con.session.statements.running()[0].answered:
             time.sleep(0.005)
         os.kill(victim, signal.SIGKILL)
-        assert query.result(timeout=120) == (6000,)
+        assert query.result(timeout=120) == [(6000,)]
     assert con.session.history[-1].failed == 0
 
 
@@ -307,7 +308,7 @@ def test_ctrl_c_returns_at_once_and_leaves_everything_usable(ray_cluster, tmp_pa
         textwrap.dedent(f"""
         import os, signal, threading, time, sqlext
         con = sqlext.connect()
-        con.execute('!llm setup "ray_address={ray_cluster.address}" "infer_backend=fake_engines:fake"')
+        con.execute('!llm setup "ray_address={ray_cluster.address}" "infer_backend=fake_engines:load"')
         con.execute('RUN command AS LLM.`` WHERE action="infer" AND udfName="slow"')
         def press():
             while not any(s.usage or s.answered for s in con.session.statements.running()):

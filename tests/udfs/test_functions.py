@@ -181,7 +181,9 @@ def test_named_options_reach_the_model(db: Database, call: str, field: str, valu
 
 def test_options_may_come_from_columns(db: Database):
     """A column may say the option, also one that is called like it; rows with equal options share a batch."""
-    rows = db.rows("SELECT chat(prompt, system := system) FROM (VALUES ('a','s'), ('b','s'), ('c',NULL)) t(prompt, system)")
+    rows = db.rows(
+        "SELECT chat(prompt, system := system) FROM (VALUES ('a','s'), ('b','s'), ('c',NULL)) t(prompt, system)"
+    )
     assert rows == [("A",), ("B",), ("C",)]
     assert sorted(len(prompts) for _, prompts in db.pool.batches) == [1, 2]
 
@@ -235,7 +237,7 @@ def test_a_sampled_default_is_sampled_too(db: Database):
 
 
 @pytest.mark.parametrize(
-    ("on_error", "value"), [("record", None), ("null", None), ("fail", "A row failed in \"chat\": This row is bad.")]
+    ("on_error", "value"), [("record", None), ("null", None), ("fail", 'A row failed in "chat": This row is bad.')]
 )
 def test_a_bad_row_is_treated_as_on_error_says(db: Database, on_error: str, value: str | None):
     """record lists the row and gives NULL, null gives NULL, fail stops the statement with the cause."""

@@ -1,0 +1,75 @@
+"""The words of `pretrainedModelType`: Byzer's names of model kinds, and what each means here.
+
+Alone because it is a table of old names: the checkpoint itself says what it is, the word only forces a task.
+"""
+
+from __future__ import annotations
+
+from runtime.errors import UserError, did_you_mean
+from runtime.spec import Task
+
+AUTO = "custom/auto"
+
+_GENERATE = (
+    *("llama", "llama2", "falcon", "moss", "alpha_moss", "dolly", "qwen", "mistral", "yi"),
+    *("chatglm", "chatglm2", "chatglm3", "chatglm6b", "zephyr", "baichuan", "baichuan2", "starcode", "starcoder"),
+)
+_EMBED = ("bge", "m3e")
+_LATER = {
+    "bark": "speech",
+    "whisper": "speech",
+    "qwen_vl_chat": "vision",
+    "visualglm": "vision",
+    "stable_diffusion": "image",
+    "bge_rerank": "reranking",
+}
+_SAAS = (
+    *("azure_openai", "official_openai", "openai", "qianfan", "zhipu", "minimax", "sparkdesk"),
+    *("baichuan", "qianwen", "chatglm"),
+)
+_TRAINING = ("sft", "sfft", "deepspeed", "lora")
+
+
+def pretrained_model_type(word: str) -> Task | None:
+    """The task a `pretrainedModelType` asks for; None: whatever the checkpoint is made for.
+
+    Raises:
+        UserError: model_type_unavailable for kinds that cannot be deployed yet, model_type_training for the words
+            of training actions, model_type_unknown with the nearest word.
+    """
+    kind, _, name = word.strip().lower().rpartition("/")
+    if kind in _TRAINING:
+        raise UserError(
+            f'pretrainedModelType="{word}" belongs to training, converting or merging, not to action="infer".',
+            code="model_type_training",
+            hint=f'To deploy a checkpoint, write pretrainedModelType="{AUTO}" or leave it out.',
+        )
+    if kind in ("", "custom"):
+        if name == "auto":
+            return None
+        if name in _GENERATE:
+            return Task.GENERATE
+        if name in _EMBED:
+            return Task.EMBED
+        if name in _LATER:
+            raise _unavailable(word, f"{_LATER[name]} models")
+    if kind == "saas" and name in _SAAS:
+        raise _unavailable(word, "remote models")
+    raise _unknown(word, kind, name)
+
+
+def _unavailable(word: str, what: str) -> UserError:
+    return UserError(
+        f'pretrainedModelType="{word}": {what} are not available yet.',
+        code="model_type_unavailable",
+        hint="Text generation, embedding and classification checkpoints can be deployed "
+        f'with pretrainedModelType="{AUTO}".',
+    )
+
+
+def _unknown(word: str, kind: str, name: str) -> UserError:
+    prefix = "saas" if kind and did_you_mean(kind, ("saas", "custom")) == "saas" else "custom"
+    known = _SAAS if prefix == "saas" else ("auto", *_GENERATE, *_EMBED, *_LATER)
+    near = did_you_mean(name, known)
+    hint = f'Did you mean "{prefix}/{near}"?' if near else f'Write "{AUTO}": the checkpoint says what it is.'
+    return UserError(f'There is no pretrainedModelType "{word}".', code="model_type_unknown", hint=hint)

@@ -1,0 +1,169 @@
+"""Classification of texts with any sequence classification model of transformers.
+
+Alone because its answer is a pair: the likeliest label and its score. Scores are what the model was trained for:
+softmax over the labels; a sigmoid each where several may hold or there is only one; the number itself for regression.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from runtime.checkpoints.inspect import Checkpoint, inspect
+from runtime.engines.loading import (
+    Placement,
+    device_memory,
+    engine_options,
+    free_memory,
+    loading,
+    place,
+    require_weights,
+    whole_number,
+)
+from runtime.engines.microbatch import failed, microbatches, texts_of
+from runtime.spec import Answers, Batch, EngineInfo, ModelSpec, Task
+
+OPTIONS = ("dtype", "max_model_len")
+CPU_PIECE = (64, 768)  # rows, padded tokens of one forward
+GPU_PIECE = (256, 65_536)
+PIECES = 8  # a batch holds about this many, so that there is something to sort
+CHARS_PER_PIECE_TOKEN = 8
+
+
+class ClassificationEngine:
+    """A classifier and its tokenizer.
+
+    Args:
+        model: of transformers, in evaluation mode, with `id2label`.
+        info: what was loaded; `max_model_len` tokens of a text are read.
+        piece: most rows and padded tokens of one forward.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, info: EngineInfo, piece: tuple[int, int]
+    ) -> None:
+        self.info = info
+        self._model = model
+        self._tokenizer = tokenizer
+        self._piece = piece
+        self._tokenizing = threading.Lock()  # a fast tokenizer must not be called by two threads at once
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
+        """(label, score) for each text, a piece at a time. A text cut to the model's length ends 'length'.
+
+        Raises:
+            OutOfMemory: a piece does not fit.
+        """
+        begun = time.perf_counter()
+        texts, errors = texts_of(batch)
+        if errors:
+            yield failed(errors, (time.perf_counter() - begun) * 1000.0)
+        if not texts:
+            return
+        indices = list(texts)
+        features, cut = self._features(list(texts.values()))
+        lengths = [len(ids) for ids in features["input_ids"]]
+        with device_memory():
+            for rows in microbatches(lengths, *self._piece):
+                if stop.is_set():
+                    return
+                yield Answers(
+                    rows=[indices[row] for row in rows],
+                    outputs=self._forward(features, rows),
+                    finish_reasons=["length" if row in cut else "stop" for row in rows],
+                    prompt_tokens=[lengths[row] for row in rows],
+                    completion_tokens=[0] * len(rows),
+                    latency_ms=(time.perf_counter() - begun) * 1000.0,
+                )
+
+    def close(self) -> None:
+        """Give back the memory."""
+        self._model = None
+        free_memory()
+
+    def _features(self, texts: list[str]) -> tuple[dict[str, list[list[int]]], set[int]]:
+        """What the model reads of each text, unpadded, and which texts were cut."""
+        limit = self.info.max_model_len
+        with self._tokenizing:
+            whole = dict(self._tokenizer(texts, verbose=False))
+            cut = [row for row, ids in enumerate(whole["input_ids"]) if limit and len(ids) > limit]
+            if cut:
+                short = self._tokenizer([texts[row] for row in cut], truncation=True, max_length=limit)
+                for name, values in short.items():
+                    for row, value in zip(cut, values, strict=True):
+                        whole[name][row] = value
+        return whole, set(cut)
+
+    def _forward(self, features: dict[str, list[list[int]]], rows: list[int]) -> list[tuple[str, float]]:
+        with self._tokenizing:
+            piece = self._tokenizer.pad(
+                {name: [values[row] for row in rows] for name, values in features.items()}, return_tensors="pt"
+            )
+        logits = self._model(**piece.to(self._model.device)).logits.float()
+        config = self._model.config
+        if config.problem_type == "regression":
+            scores = logits
+        elif config.problem_type == "multi_label_classification" or logits.shape[-1] == 1:
+            scores = logits.sigmoid()
+        else:
+            scores = logits.softmax(dim=-1)
+        best, places = scores.max(dim=-1)
+        return [
+            (str(config.id2label[place]), score) for place, score in zip(places.tolist(), best.tolist(), strict=True)
+        ]
+
+
+def load(spec: ModelSpec) -> ClassificationEngine:
+    """Load the checkpoint in `spec.path` for classification.
+
+    Options: dtype; max_model_len (tokens read of a text).
+
+    Raises:
+        UserError: the folder or an option is wrong.
+        DeployError: the model did not load.
+    """
+    options = engine_options(spec, OPTIONS)
+    checkpoint = inspect(spec.path, Task.CLASSIFY)
+    placement = place(checkpoint, options.get("dtype"))
+    with loading(checkpoint):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        model = _load_model(checkpoint, placement, tokenizer)
+    piece = CPU_PIECE if placement.device.type == "cpu" else GPU_PIECE
+    lengths = (checkpoint.max_model_len, tokenizer.model_max_length, whole_number(options, "max_model_len"))
+    info = EngineInfo(
+        engine="classification",
+        task=Task.CLASSIFY,
+        device=str(model.device),
+        dtype=placement.dtype_name,
+        max_model_len=min((each for each in lengths if each), default=None),
+        max_batch_rows=PIECES * piece[0],
+        max_batch_chars=PIECES * piece[1] * CHARS_PER_PIECE_TOKEN,
+        architectures=checkpoint.architectures,
+        notes=placement.notes,
+    )
+    return ClassificationEngine(model, tokenizer, info, piece)
+
+
+def _load_model(checkpoint: Checkpoint, placement: Placement, tokenizer: PreTrainedTokenizerBase) -> Any:
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        checkpoint.path,
+        dtype=placement.dtype,
+        device_map=placement.device_map,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    require_weights(checkpoint, set(report["missing_keys"]))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders find the last word of a row by it
+    if not placement.device_map:
+        model.to(placement.device)
+    return model.eval()

@@ -1,0 +1,171 @@
+"""Embeddings with sentence-transformers, for every checkpoint that reads text.
+
+Alone because vectors come from sentence-transformers' own modules, exactly as its `encode` gives them. It is asked
+differently: a batch is tokenised once and cut into pieces by token length, where `encode` sorts by characters and
+pads pieces of a fixed number of rows.
+
+- A sentence-transformers checkpoint (modules.json) is used as it is, its default prompt included.
+- A plain encoder gets mean pooling; a causal language model gets mean pooling and vectors of length 1.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+from runtime.checkpoints.inspect import Checkpoint, inspect
+from runtime.engines.loading import (
+    Placement,
+    device_memory,
+    engine_options,
+    free_memory,
+    loading,
+    place,
+    whole_number,
+)
+from runtime.engines.microbatch import failed, microbatches, texts_of
+from runtime.spec import Answers, Batch, EngineInfo, ModelSpec, Task
+
+OPTIONS = ("dtype", "max_model_len")
+CPU_PIECE = (64, 768)  # rows, padded tokens of one forward; measured: padding costs more than small pieces do
+GPU_PIECE = (256, 65_536)
+PIECES = 8  # a batch holds about this many, so that there is something to sort
+CHARS_PER_PIECE_TOKEN = 8
+
+
+class EmbeddingsEngine:
+    """A SentenceTransformer behind the engine protocol.
+
+    Args:
+        model: in evaluation mode.
+        info: what was loaded; `dimension` is set.
+        piece: most rows and padded tokens of one forward.
+    """
+
+    def __init__(self, model: SentenceTransformer, info: EngineInfo, piece: tuple[int, int]) -> None:
+        self.info = info
+        self._model = model
+        self._piece = piece
+        self._prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
+        self._tokenizing = threading.Lock()  # a fast tokenizer must not be called by two threads at once
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
+        """Vectors as float32 (rows, dimension), a piece at a time. A text cut to the model's length ends 'length'.
+
+        Raises:
+            OutOfMemory: a piece does not fit.
+        """
+        begun = time.perf_counter()
+        texts, errors = texts_of(batch)
+        if errors:
+            yield failed(errors, (time.perf_counter() - begun) * 1000.0)
+        if not texts:
+            return
+        indices = list(texts)
+        with device_memory():
+            features = self._features(list(texts.values()))
+            lengths = features["attention_mask"].sum(dim=-1).tolist()
+            for rows in microbatches(lengths, *self._piece):
+                if stop.is_set():
+                    return
+                vectors = self._forward(features, rows, lengths[rows[0]])
+                yield Answers(
+                    rows=[indices[row] for row in rows],
+                    outputs=vectors,
+                    finish_reasons=self._finish_reasons(
+                        [texts[indices[row]] for row in rows], [lengths[r] for r in rows]
+                    ),
+                    prompt_tokens=[lengths[row] for row in rows],
+                    completion_tokens=[0] * len(rows),
+                    latency_ms=(time.perf_counter() - begun) * 1000.0,
+                )
+
+    def close(self) -> None:
+        """Give back the memory."""
+        del self._model
+        free_memory()
+
+    def _features(self, texts: list[str], **how: Any) -> dict[str, Any]:
+        with self._tokenizing:
+            features: dict[str, Any] = self._model.preprocess(texts, prompt=self._prompt, **how)
+            return features
+
+    def _forward(self, features: dict[str, Any], rows: list[int], longest: int) -> Any:
+        """A float32 array (rows, dimension): these rows of the features, cut to the longest of them."""
+        left = bool(features["attention_mask"][rows, 0].min() == 0)  # padded on the left
+        piece = {
+            name: (value[rows, -longest:] if left else value[rows, :longest]).to(self._model.device)
+            if isinstance(value, torch.Tensor) and value.dim() == 2
+            else value
+            for name, value in features.items()
+        }
+        return self._model(piece)["sentence_embedding"].float().cpu().numpy()
+
+    def _finish_reasons(self, texts: list[str], lengths: list[int]) -> list[str]:
+        """'length' where the model did not read the whole text. Only a text as long as the limit can be one."""
+        limit = self.info.max_model_len
+        full = [row for row, length in enumerate(lengths) if limit and length >= limit]
+        reasons = ["stop"] * len(texts)
+        if full:
+            whole = self._features([texts[row] for row in full], processing_kwargs={"text": {"truncation": False}})
+            for row, length in zip(full, whole["attention_mask"].sum(dim=-1).tolist(), strict=True):
+                if length > lengths[row]:
+                    reasons[row] = "length"
+        return reasons
+
+
+def load(spec: ModelSpec) -> EmbeddingsEngine:
+    """Load the checkpoint in `spec.path` for embedding.
+
+    Options: dtype; max_model_len (tokens read of a text).
+
+    Raises:
+        UserError: the folder or an option is wrong.
+        DeployError: the model did not load.
+    """
+    options = engine_options(spec, OPTIONS)
+    checkpoint = inspect(spec.path, Task.EMBED)
+    placement = place(checkpoint, options.get("dtype"))
+    with loading(checkpoint):
+        model = _load_model(checkpoint, placement)
+        if asked := whole_number(options, "max_model_len"):
+            model.max_seq_length = min(asked, model.max_seq_length or asked)
+    piece = CPU_PIECE if placement.device.type == "cpu" else GPU_PIECE
+    info = EngineInfo(
+        engine="embeddings",
+        task=Task.EMBED,
+        device=str(model.device),
+        dtype=placement.dtype_name,
+        dimension=model.get_embedding_dimension(),
+        max_model_len=model.max_seq_length,
+        max_batch_rows=PIECES * piece[0],
+        max_batch_chars=PIECES * piece[1] * CHARS_PER_PIECE_TOKEN,
+        architectures=checkpoint.architectures,
+        notes=placement.notes,
+    )
+    return EmbeddingsEngine(model, info, piece)
+
+
+def _load_model(checkpoint: Checkpoint, placement: Placement) -> SentenceTransformer:
+    device = str(placement.device)
+    arguments = {"dtype": placement.dtype, "use_safetensors": True}
+    causal = checkpoint.architectures and checkpoint.architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
+    if checkpoint.sentence_transformers or not causal:
+        return SentenceTransformer(
+            checkpoint.path, device=device, local_files_only=True, trust_remote_code=False, model_kwargs=arguments
+        ).eval()
+    body = Transformer(  # told to read plain text: with a chat template it would make every text a conversation
+        checkpoint.path,
+        model_kwargs={**arguments, "local_files_only": True},
+        modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        module_output_name="token_embeddings",
+    )
+    modules = [body, Pooling(body.get_embedding_dimension(), "mean"), Normalize()]
+    return SentenceTransformer(modules=modules, device=device).eval()

@@ -1,0 +1,168 @@
+"""How one row's next token is chosen, and what the call's options mean to transformers.
+
+Alone because it is arithmetic on options: the decoding loop asks it and knows none of the names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from runtime.errors import Fatal, did_you_mean
+from runtime.spec import CallOptions, Value
+
+
+def _ids(value: Value) -> tuple[int, ...]:
+    parts = value if isinstance(value, tuple) else str(value).strip("[]() ").split(",")
+    return tuple(int(part) for part in parts)
+
+
+def _flag(value: Value) -> bool:
+    return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+
+
+EXTRA: dict[str, Callable[[Any], Any]] = {
+    "repetition_penalty": float,
+    "no_repeat_ngram_size": int,
+    "min_new_tokens": int,
+    "min_p": float,
+    "typical_p": float,
+    "epsilon_cutoff": float,
+    "eta_cutoff": float,
+    "suppress_tokens": _ids,
+    "begin_suppress_tokens": _ids,
+    "stop_token_ids": _ids,
+    "ignore_eos": _flag,
+}
+"""Parameters beyond `CallOptions`' own fields, and how their values are read."""
+
+_WANTED = {float: "a number", int: "a whole number", _ids: "token ids such as 1,2", _flag: "true or false"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What the options of a batch come to.
+
+    Attributes:
+        config: for `model.generate`; `max_new_tokens` is still to be set.
+        ends: token ids that end an answer.
+        stop: texts that end an answer and are cut off.
+        seed: of sampled rows; None: a new one for each row.
+    """
+
+    config: GenerationConfig
+    ends: frozenset[int]
+    stop: tuple[str, ...]
+    seed: int | None
+
+    def draws(self, prompt: Sequence[int]) -> random.Random | None:
+        """The source of a row's random numbers; None when the most likely token is taken.
+
+        With a seed it depends on the seed and the prompt alone: the answer is the same in whatever company.
+        """
+        if not self.config.do_sample:
+            return None
+        if self.seed is None:
+            return random.Random()
+        digest = hashlib.blake2b(array("q", prompt).tobytes(), digest_size=16).hexdigest()
+        return random.Random(f"{self.seed}:{digest}")
+
+
+def sampling(options: CallOptions, tokenizer: Any, defaults: GenerationConfig) -> Sampling:
+    """Read the options of a batch.
+
+    Args:
+        defaults: the checkpoint's own generation_config.
+
+    Raises:
+        Fatal: option_unknown with the nearest name, option_value.
+    """
+    extra = {name: _read(name, value) for name, value in options.extra}
+    stop_ids = extra.pop("stop_token_ids", ())
+    ignore_eos = extra.pop("ignore_eos", False)
+    special = [tokenizer.convert_tokens_to_ids(text) for text in options.stop if text in tokenizer.all_special_tokens]
+    own = _as_ids(defaults.eos_token_id) or _as_ids(tokenizer.eos_token_id)
+    ends = frozenset((*own, *special, *stop_ids))
+    config = GenerationConfig(
+        **extra,
+        **_choice(options, defaults),
+        num_beams=1,
+        num_return_sequences=1,
+        use_cache=True,
+        cache_implementation="dynamic",
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad_id(tokenizer, own),
+    )
+    if ignore_eos:
+        config.suppress_tokens = sorted({*(extra.get("suppress_tokens") or ()), *own})
+    return Sampling(config, ends, options.stop, options.seed)
+
+
+def choose(scores: torch.Tensor, draws: Sequence[random.Random | None]) -> list[int]:
+    """The next token of each row.
+
+    Args:
+        scores: (rows, vocabulary), processed by transformers' logits processors.
+        draws: per row; all None: the most likely token of each.
+    """
+    numbers = [draw.random() for draw in draws if draw is not None]
+    if not numbers:
+        return scores.argmax(dim=-1).tolist()
+    mass = scores.softmax(dim=-1).to(torch.float64).cumsum(dim=-1)
+    reached = torch.tensor(numbers, dtype=torch.float64, device=scores.device)[:, None] * mass[:, -1:]
+    # The first token whose cumulated probability exceeds the number: tokens of probability 0 are never taken.
+    return torch.searchsorted(mass, reached, right=True).clamp(max=scores.shape[-1] - 1)[:, 0].tolist()
+
+
+def pad_id(tokenizer: Any, ends: Iterable[int]) -> int:
+    """The token that fills up shorter rows; it is masked, so any will do where the tokenizer has none."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+
+
+def _choice(options: CallOptions, defaults: GenerationConfig) -> dict[str, Any]:
+    if not options.temperature:
+        return {"do_sample": False}
+    if options.temperature < 0:
+        raise _bad_value("temperature", "0 or more")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise _bad_value("top_p", "above 0 and at most 1")
+    if options.top_k is not None and options.top_k < 0:
+        raise _bad_value("top_k", "0 (off) or more")
+    return {
+        "do_sample": True,
+        "temperature": float(options.temperature),
+        # not said: the checkpoint's own, else off (transformers would take the best 50)
+        "top_p": options.top_p if options.top_p is not None else (defaults.top_p or 1.0),
+        "top_k": options.top_k if options.top_k is not None else (defaults.top_k or 0),
+    }
+
+
+def _read(name: str, value: Value) -> Any:
+    if name not in EXTRA:
+        near = did_you_mean(name, EXTRA)
+        raise Fatal(
+            f'There is no generation parameter "{name}" for this engine.',
+            code="option_unknown",
+            hint=(f'Did you mean "{near}"? ' if near else "") + f"It has: {', '.join(EXTRA)}.",
+        )
+    try:
+        return EXTRA[name](value)
+    except (ValueError, TypeError, KeyError):
+        raise _bad_value(name, _WANTED[EXTRA[name]]) from None
+
+
+def _bad_value(name: str, wanted: str) -> Fatal:
+    return Fatal(f"The generation parameter {name} must be {wanted}.", code="option_value", hint=f"Correct {name}.")
+
+
+def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)

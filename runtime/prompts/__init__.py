@@ -1,0 +1,1 @@
+"""Prompts: how a text or a conversation becomes what a model reads."""

@@ -1,0 +1,87 @@
+"""What the documents show is run: README's blocks, and every script in examples/sql against what it prints."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sqlext
+from runtime import cluster
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = sorted((ROOT / "examples" / "sql").glob("*.sql"))
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of README in one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, checkpoints):
+    """A folder like a user's: models/chat, a script, and a table of questions."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "chat").symlink_to(checkpoints["chat"])
+    (tmp_path / "job.sql").write_text("SELECT '${day}' AS day;")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_readme_sql(ray_cluster, workplace):
+    """Every SQL block of README runs, in order, in one session."""
+    with sqlext.connect() as con:
+        con.execute("CREATE TABLE questions AS SELECT i AS id, 'question ' || i AS question FROM range(3) r(i)")
+        for block in blocks("sql"):
+            con.execute(block)
+            con.fetchall()
+        assert con.execute("SELECT count(answer) FROM answers").fetchone() == (3,)
+    assert not cluster.exists("chat")
+
+
+def test_readme_python(ray_cluster, workplace):
+    """Every Python block of README runs."""
+    for block in blocks("python"):
+        names: dict[str, object] = {}
+        exec(compile(block, "README.md", "exec"), names)
+        assert len(names["frame"]) == 1
+        assert names["table"].to_pylist() == [{"answer": 42}]
+    cluster.remove("chat")
+
+
+def test_readme_shell(workplace):
+    """Every command line of README but the two of make runs and succeeds."""
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    lines = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith("make ")]
+    assert len(lines) >= 4
+    for line in lines:
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, env=environment, check=False, timeout=120)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+def test_readme_names_the_two_commands_that_ci_runs():
+    """`.ci/run` calls what README tells a user to call."""
+    assert "make quickstart" in README
+    assert "make test" in README
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_examples_print_what_they_show(script: Path, small_model: Path, tmp_path):
+    """sqlext run examples/sql/X.sql prints X.out; `...` there stands for what differs between machines."""
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "small-model").symlink_to(small_model)
+    done = subprocess.run(
+        [BIN / "sqlext", "run", script], capture_output=True, text=True, cwd=tmp_path, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    expected = script.with_suffix(".out").read_text(encoding="utf-8")
+    same = doctest.OutputChecker().check_output(expected, done.stdout, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert same, done.stdout
