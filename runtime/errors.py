@@ -110,9 +110,7 @@ class SqlextError(Exception):
         return ErrorInfo(self.code, self.message, self.hint)
 
 
-def _rebuild(
-    kind: type[SqlextError], message: str, code: str, hint: str | None, place: Place | None
-) -> SqlextError:
+def _rebuild(kind: type[SqlextError], message: str, code: str, hint: str | None, place: Place | None) -> SqlextError:
     return kind(message, code=code, hint=hint, place=place)
 
 

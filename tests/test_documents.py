@@ -62,7 +62,9 @@ def test_readme_shell(workplace):
     lines = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith("make ")]
     assert len(lines) >= 4
     for line in lines:
-        done = subprocess.run(line, shell=True, capture_output=True, text=True, env=environment, check=False, timeout=120)
+        done = subprocess.run(
+            line, shell=True, capture_output=True, text=True, env=environment, check=False, timeout=120
+        )
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
@@ -79,9 +81,17 @@ def test_examples_print_what_they_show(script: Path, small_model: Path, tmp_path
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "small-model").symlink_to(small_model)
     done = subprocess.run(
-        [BIN / "sqlext", "run", script], capture_output=True, text=True, cwd=tmp_path, timeout=280, check=False
+        [BIN / "sqlext", "run", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "120"},
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     expected = script.with_suffix(".out").read_text(encoding="utf-8")
-    same = doctest.OutputChecker().check_output(expected, done.stdout, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    same = doctest.OutputChecker().check_output(
+        expected, done.stdout, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
     assert same, done.stdout

@@ -90,7 +90,9 @@ def test_the_model_is_deployed_and_called(con, checkpoints):
     assert con.execute('!byzerllm model exists "llama2_chat"').fetchone() == (True,)
 
 
-@pytest.mark.parametrize(("block", "name"), [(DEPLOY_CONVERTED, "my_3b_chat"), (DEPLOY_FINETUNED, "fintune_llama2_chat")])
+@pytest.mark.parametrize(
+    ("block", "name"), [(DEPLOY_CONVERTED, "my_3b_chat"), (DEPLOY_FINETUNED, "fintune_llama2_chat")]
+)
 def test_converted_and_finetuned_models_are_deployed(con, checkpoints, block, name):
     """The blocks that follow conversion and fine-tuning; old keys without meaning get one notice."""
     con.execute(block.format(path=checkpoints["chat"]))
