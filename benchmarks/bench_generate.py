@@ -55,7 +55,8 @@ def main() -> None:
         con.register("prompts", pa.table({"id": range(len(prompts)), "prompt": prompts}))
         con.execute(f"""
             !llm setup "cache=off";
-            RUN command AS LLM.`{path}` WHERE action="infer" AND udfName="chat" AND `generation.max_tokens`="{MAX_TOKENS}";
+            RUN command AS LLM.`{path}` WHERE action="infer" AND udfName="chat"
+                AND `generation.max_tokens`="{MAX_TOKENS}";
         """)
         con.execute("SELECT chat('warm up')").fetchall()
         for round_number in range(said.rounds):
@@ -74,7 +75,7 @@ def main() -> None:
             equal = sum(ours == theirs for (ours,), theirs in zip(answers, expected, strict=True))
             print(
                 f"round {round_number + 1}: best plain loop {best:.1f} s, SQL {ours:.1f} s, ratio {best / ours:.2f}; "
-                f"{len(prompts) * 10} rows, 90 % equal: {repeated:.1f} s, {repeated / ours:.2f} of the distinct ones; "
+                f"{len(prompts) * 10} rows, 90 % equal: {repeated:.1f} s, {repeated / ours:.2f} of the distinct; "
                 f"{equal} of {len(prompts)} answers equal"
             )
 

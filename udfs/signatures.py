@@ -61,7 +61,8 @@ def macro(name: str, function: str, info: EngineInfo, defaults: CallOptions) -> 
     said = " AND ".join(f"{option} IS NULL" for option in OPTION_NAMES)
     packed = ", ".join(f"{option} := {option}" for option in OPTION_NAMES)
     seed = "NULL" if defaults.seed is None else str(defaults.seed)
-    sampled = f"coalesce(try_cast(temperature AS DOUBLE), {defaults.temperature or 0}) > 0 AND coalesce(seed, {seed}) IS NULL"
+    heat = f"coalesce(try_cast(temperature AS DOUBLE), {defaults.temperature or 0})"
+    sampled = f"{heat} > 0 AND coalesce(seed, {seed}) IS NULL"
     return (
         f"CREATE OR REPLACE TEMP MACRO {quote(name)}(prompt, {named}) AS "
         f"{quote(function)}(getvariable('{VARIABLE}'), {text}, typeof(prompt), "

@@ -21,7 +21,7 @@ SELECT kind, count(*) AS texts, typeof(any_value(vector)) AS vectors FROM embedd
 CREATE TABLE questions (question VARCHAR);
 INSERT INTO questions VALUES
   ('turn text into capital letters'),
-  ('the middle value of a set'),
+  ('the middle value of a set of numbers'),
   ('how similar are two words'),
   ('how many threads are used'),
   ('where temporary files are kept');

@@ -39,8 +39,8 @@ def test_stdin_and_several_files_share_a_session(tmp_path):
     assert '"x":1' in sqlext("--json", stdin="SELECT 1 AS x;").stdout
     (tmp_path / "a.sql").write_text("SET v='7';")
     (tmp_path / "b.sql").write_text("SELECT ${v} AS x;")
-    assert '{"x":7}\n' == sqlext("run", "--json", str(tmp_path / "a.sql"), str(tmp_path / "b.sql")).stdout
-    assert '{"x":3}\n' == sqlext("run", "--json", "-", stdin="SELECT 3 AS x").stdout
+    assert sqlext("run", "--json", str(tmp_path / "a.sql"), str(tmp_path / "b.sql")).stdout == '{"x":7}\n'
+    assert sqlext("run", "--json", "-", stdin="SELECT 3 AS x").stdout == '{"x":3}\n'
 
 
 def test_variables_database_and_dialect(tmp_path):
@@ -50,8 +50,8 @@ def test_variables_database_and_dialect(tmp_path):
         sqlext("--db", file, "--set", "day=2026-11-20", "-c", "CREATE TABLE t AS SELECT '${day}' AS day").returncode
         == 0
     )
-    assert '{"day":"2026-11-20"}\n' == sqlext("--db", file, "--json", "-c", "FROM t").stdout
-    assert '{"x":"v"}\n' == sqlext("--dialect", "spark", "--json", "-c", 'select map("k","v")["k"] as x').stdout
+    assert sqlext("--db", file, "--json", "-c", "FROM t").stdout == '{"day":"2026-11-20"}\n'
+    assert sqlext("--dialect", "spark", "--json", "-c", 'select map("k","v")["k"] as x').stdout == '{"x":"v"}\n'
 
 
 @pytest.mark.parametrize(
