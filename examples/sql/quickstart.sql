@@ -27,7 +27,7 @@ INSERT INTO questions VALUES
   ('where temporary files are kept');
 
 SELECT question, name AS answer, kind, round(array_cosine_similarity(embed(question), vector), 2) AS similarity,
-       left(description, 30) AS description
+       left(description, 26) AS description
 FROM questions, embedded
 QUALIFY row_number() OVER (PARTITION BY question ORDER BY similarity DESC, name) <= 2
 ORDER BY question, similarity DESC, name;
