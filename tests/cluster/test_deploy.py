@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -59,6 +60,16 @@ def test_the_engines_own_processes_end_too(deploy, name, tmp_path):
     assert not child.is_running()
 
 
+def worker_processes() -> set[int]:
+    """Workers of this test run's own cluster, whose processes are our descendants."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "Worker" in process.name():
+                found.add(process.pid)
+    return found
+
+
 @pytest.mark.parametrize(
     ("engine", "kind", "code", "text"),
     [
@@ -77,14 +88,14 @@ def test_the_engines_own_processes_end_too(deploy, name, tmp_path):
 )
 def test_a_failed_deployment_leaves_nothing(deploy, name, tmp_path, engine, kind, code, text):
     """One short error with a code, and no actor and no process of it."""
-    before = {p.pid for p in psutil.process_iter() if "Worker" in p.name()}
+    before = worker_processes()
     with pytest.raises(kind) as raised:
         deploy(engine, workers=2, path=str(tmp_path), load_timeout_s=1.0 if code == "load_timeout" else 60.0)
     assert raised.value.code == code
     assert text in str(raised.value)
     assert len(str(raised.value).splitlines()) <= 3
     assert not [d for d in cluster.deployments() if d.name == name]
-    assert {p.pid for p in psutil.process_iter() if "Worker" in p.name()} <= before
+    assert worker_processes() <= before
 
 
 def test_an_unknown_engine_is_the_users_error(deploy):
