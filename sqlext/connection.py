@@ -216,7 +216,7 @@ class Connection:
 
     def _begin(self, text: str) -> None:
         """Before a statement: this cursor's macros are those of the session, and chunks will find the statement."""
-        self.running = self.session.new_statement(text)
+        self.running = self.session.new_statement()
         key = self.session.statements.add(self.running)
         with suppress(duckdb.TransactionException):  # in an aborted transaction only ROLLBACK is of use
             self._functions_seen = self.session.functions.catch_up(self.raw, self._functions_seen)

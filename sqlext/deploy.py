@@ -48,8 +48,7 @@ def infer(run: Run, session: Session, progress: Callable[[cluster.DeployProgress
     else:
         spec = model_spec(name, task, said.values, run, session.settings)
         pool = cluster.deploy(spec, pool_spec(session.settings), progress=progress)
-    defaults = pool.spec.defaults
-    replaced = session.functions.put(name, Gateway(pool, defaults), defaults)
+    replaced = session.functions.put(name, Gateway(pool))
     if replaced:
         replaced.close()
     if not said.values.get("reconnect"):

@@ -33,7 +33,7 @@ _USAGE = pa.schema(
         ("seconds", pa.float64()),
     ]
 )
-HISTORY = 1000  # ended statements whose usage is remembered
+HISTORY = 200  # ended statements whose usage is remembered
 
 
 class Session:
@@ -60,11 +60,9 @@ class Session:
         self.duckdb_settings = DuckdbSettings(self._admin)
         self._lock = threading.Lock()
 
-    def new_statement(self, text: str) -> Statement:
+    def new_statement(self) -> Statement:
         """A statement with the session's present settings."""
-        return Statement(
-            self.statements.new_id(), text, on_error=self.settings["on_error"], cache=self.settings["cache"]
-        )
+        return Statement(self.statements.new_id(), on_error=self.settings["on_error"], cache=self.settings["cache"])
 
     def ended(self, statement: Statement) -> None:
         """Remember what a statement used."""
@@ -95,10 +93,9 @@ class Session:
 
     def is_duckdb_function(self, name: str) -> bool:
         """Whether `name` is a function that DuckDB has without us."""
-        if name in self.functions.gateways():
-            return False
-        query = "SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = lower(?) AND internal LIMIT 1"
-        return self._admin.execute(query, [name]).fetchone() is not None
+        query = "SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = lower(?) LIMIT 1"
+        known = self._admin.execute(query, [name]).fetchone() is not None
+        return known and not self.functions.owns(name)
 
     def close(self) -> None:
         """Drop the functions and the handles to their workers. The models stay deployed on a cluster of others."""

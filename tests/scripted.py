@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
-from runtime.spec import Answers, Batch, EngineInfo, PoolSpec, Task
+from runtime.spec import Answers, Batch, CallOptions, EngineInfo, ModelSpec, PoolSpec, Task
 
 
 class ScriptedPool:
@@ -21,8 +21,11 @@ class ScriptedPool:
         workers: int = 1,
         max_batch_rows: int = 64,
         load_balance: str = "lru",
+        defaults: CallOptions | None = None,
     ) -> None:
         self.name = "chat"
+        self.generation = 1
+        self.spec = ModelSpec("chat", "scripted", defaults=defaults or CallOptions())
         self.pool = PoolSpec(num_workers=workers, load_balance=load_balance)
         self.info = EngineInfo("scripted", Task.GENERATE, max_batch_rows=max_batch_rows)
         self.workers = workers

@@ -1,37 +1,33 @@
 """The arguments of a model function: from the columns that DuckDB passes to prompts and call options.
 
-The macros send three texts beside the statement: the prompt, the SQL type it had, and the named options as JSON.
+The macros send three texts beside the statement: the prompt, what it is (a text, messages, a request), and the named
+options as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from functools import lru_cache
 from typing import Any
 
 from runtime.errors import RowError, UserError, did_you_mean
-from runtime.spec import CallOptions, Message, Prompt, Value
-from udfs.requests import REQUEST_TYPE, Request
+from runtime.spec import CallOptions, Message, Value
 
 ROLES = ("system", "user", "assistant", "tool")
+TEXT, MESSAGES, REQUEST = "text", "messages", "request"
+"""What a prompt can be, as the macro finds from its SQL type."""
 
 
-def is_messages(sql_type: str) -> bool:
-    """Whether a prompt of this SQL type is a list of {'role', 'content'} structs."""
-    return sql_type.startswith("STRUCT(") and sql_type.endswith("[]")
-
-
-def to_prompt(text: str, sql_type: str) -> Prompt:
-    """The prompt that `text` stands for.
+def to_messages(text: str) -> tuple[Message, ...]:
+    """The turns in the JSON of a list of {'role', 'content'} structs.
 
     Raises:
-        RowError: a message without a role or content, or with an unknown role.
+        RowError: bad_messages: there is none, or one without a content or with an unknown role.
     """
-    if not is_messages(sql_type):
-        return text
     messages = []
     for number, turn in enumerate(json.loads(text), 1):
-        role, content = turn.get("role"), turn.get("content")
+        role, content = ((turn or {}).get(key) for key in ("role", "content"))
         if role not in ROLES or content is None:
             raise RowError(
                 f"Message {number} of the list needs a role ({', '.join(ROLES)}) and a content.",
@@ -43,14 +39,10 @@ def to_prompt(text: str, sql_type: str) -> Prompt:
     return tuple(messages)
 
 
-def to_request(text: str) -> Request:
-    """The request that `llm_param` made."""
-    return Request.from_json(json.loads(text)["llm_request"])
-
-
-def is_request(sql_type: str) -> bool:
-    """Whether a prompt of this SQL type was made by `llm_param`."""
-    return sql_type == REQUEST_TYPE
+def request_text(text: str | None) -> str | None:
+    """The JSON that was given to `llm_param`, or None for NULL."""
+    found: str | None = json.loads(text)["llm_request"] if text is not None else None
+    return found
 
 
 @lru_cache(maxsize=1024)
@@ -82,8 +74,16 @@ def options_from(said: dict[str, Any]) -> CallOptions:
                 f'The option "{name}" is not known.', code="option_unknown", hint=f'Did you mean "{near}"?'
             )
         else:
-            extra[name] = tuple(value) if isinstance(value, list) else value
+            extra[name] = _plain(name, value)
     return CallOptions(**known, extra=tuple(sorted(extra.items())))
+
+
+def _plain(name: str, value: Any) -> Value:
+    """A value that an engine may get: a scalar, or a list of scalars."""
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str | int | float | bool) for item in items):
+        raise UserError(f"{name} must be a text, a number, true, false or a list of these.", code="option_value")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _number(low: float, high: float | None, whole: bool = False) -> Any:
@@ -95,7 +95,7 @@ def _number(low: float, high: float | None, whole: bool = False) -> Any:
             number = float(value)
         except (TypeError, ValueError):
             number = float("nan")
-        good = low <= number <= (high if high is not None else float("inf"))
+        good = math.isfinite(number) and low <= number <= (math.inf if high is None else high)
         if isinstance(value, bool) or not good or (whole and number != int(number)):
             raise UserError(f"{name} must be {kind}, {bounds}.", code="option_value", hint=f"Write {name} := …")
         return int(number) if whole else number

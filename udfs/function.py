@@ -27,12 +27,16 @@ class ModelFunction:
     """The functions `name` and `name_row` of one model.
 
     Args:
-        gateway: where its questions go; assign to exchange it.
+        name: for errors, when there is no model.
         statements: finds the statement that a chunk belongs to.
+
+    Attributes:
+        gateway: where its questions go; assign to exchange it, None when there is no model.
     """
 
-    def __init__(self, gateway: Gateway | None, statements: StatementTable) -> None:
-        self.gateway = gateway
+    def __init__(self, name: str, statements: StatementTable) -> None:
+        self.gateway: Gateway | None = None
+        self._name = name
         self._statements = statements
 
     def value(self, *columns: pa.ChunkedArray) -> pa.Array:
@@ -69,7 +73,11 @@ class ModelFunction:
         while True:
             gateway = self.gateway
             if gateway is None:
-                raise Fatal("The model behind this function was removed.", code="model_removed")
+                raise Fatal(
+                    f'There is no model behind "{self._name}" any more.',
+                    code="model_removed",
+                    hint="It was removed, or deployed anew as another kind of model.",
+                )
             try:
                 return gateway, *chunk.ask(gateway, statement)
             except GatewayClosed:
@@ -78,17 +86,19 @@ class ModelFunction:
 
 
 class _Chunk:
-    """The columns of one call: (statement, prompt, the prompt's SQL type, options, draw)."""
+    """The columns of one call: (statement, prompt, what the prompt is, options, draw)."""
 
     def __init__(self, columns: tuple[pa.ChunkedArray, ...]) -> None:
-        _, prompts, sql_types, options, _ = columns
+        _, prompts, kinds, options, _ = columns
         self.texts: list[str | None] = prompts.to_pylist()
-        self.sql_type = _first(sql_types) or "VARCHAR"
+        self._kind = _first(kinds) or arguments.TEXT
         self._options = options.to_pylist()
         self._requests: dict[int, Request] = {}
+        if self._kind == arguments.REQUEST:
+            self.texts = [arguments.request_text(text) for text in self.texts]
 
     def ask(self, gateway: Gateway, statement: Statement) -> tuple[list[Outcome], list[bool]]:
-        """Ask for every row that is not NULL, rows with equal options together."""
+        """Ask for every row that is not NULL, all at once."""
         outcomes = [EMPTY] * len(self.texts)
         reused = [False] * len(self.texts)
         groups: dict[CallOptions, tuple[list[int], list[Prompt]]] = {}
@@ -104,8 +114,8 @@ class _Chunk:
             rows, prompts = groups.setdefault(options, ([], []))
             rows.append(index)
             prompts.append(prompt)
-        for options, (rows, prompts) in groups.items():
-            asked = gateway.ask(options, prompts, statement)
+        answers = gateway.ask_all([(options, prompts) for options, (_, prompts) in groups.items()], statement)
+        for asked, (rows, _) in zip(answers, groups.values(), strict=True):
             for index, outcome, was_reused in zip(rows, asked.outcomes, asked.reused, strict=True):
                 outcomes[index] = outcome
                 reused[index] = was_reused
@@ -119,10 +129,13 @@ class _Chunk:
 
     def _question(self, index: int, text: str, chat_template: bool) -> tuple[Prompt, CallOptions]:
         options = arguments.to_options(self._options[index])
-        if not arguments.is_request(self.sql_type):
-            return arguments.to_prompt(text, self.sql_type), options
-        request = self._requests[index] = arguments.to_request(text)
-        return request.prompt(chat_template), options.over(arguments.options_from(dict(request.options)))
+        if self._kind == arguments.MESSAGES:
+            return arguments.to_messages(text), options
+        if self._kind == arguments.REQUEST:
+            request = self._requests[index] = Request.from_json(text)
+            said = arguments.options_from(dict(request.options))
+            return request.prompt(chat_template), options.over(said)
+        return text, options
 
 
 def _first(column: pa.ChunkedArray) -> str | None:
@@ -131,11 +144,11 @@ def _first(column: pa.ChunkedArray) -> str | None:
 
 
 def _noting(statement: Statement, work: Callable[[], pa.Array]) -> pa.Array:
-    """DuckDB keeps only the text of an exception, so the error itself is left on the statement."""
+    """DuckDB keeps only the text of an exception: leave the error on the statement, whose other threads stop, too."""
     try:
         return work()
     except SqlextError as error:
-        statement.failure = statement.failure or error
+        statement.fail(error)
         raise
 
 

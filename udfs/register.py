@@ -11,6 +11,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,26 +19,28 @@ import duckdb
 import pyarrow as pa
 
 from runtime.gateway import Gateway
-from runtime.spec import CallOptions
 from udfs import requests, signatures
 from udfs.context import StatementTable
 from udfs.function import ModelFunction
 
 _SPLIT_TYPE = pa.list_(pa.struct([("content", pa.string()), ("content_id", pa.int64())]))
 _HELPERS: tuple[tuple[str, Callable[..., Any], pa.DataType, tuple[str, ...], str], ...] = (
-    ("llm_prompt__udf", requests.llm_prompt, pa.string(), ("VARCHAR", "VARCHAR[]"), "VARCHAR"),
-    ("llm_result__udf", requests.llm_result, pa.string(), ("VARCHAR",), "VARCHAR"),
-    ("llm_response_full__udf", requests.llm_response_full, pa.string(), ("VARCHAR",), "VARCHAR"),
-    ("llm_stack__udf", requests.llm_stack, pa.string(), ("VARCHAR", "VARCHAR"), "VARCHAR"),
+    ("llm_prompt", requests.llm_prompt, pa.string(), ("VARCHAR", "VARCHAR[]"), "VARCHAR"),
+    ("llm_result", requests.llm_result, pa.string(), ("VARCHAR",), "VARCHAR"),
+    ("llm_response_full", requests.llm_response_full, pa.string(), ("VARCHAR",), "VARCHAR"),
+    ("llm_stack", requests.llm_stack, pa.string(), ("VARCHAR", "VARCHAR"), "VARCHAR"),
     (
-        "llm_split__udf",
+        "llm_split",
         requests.llm_split,
         _SPLIT_TYPE,
         ("VARCHAR", "VARCHAR[]", "BIGINT"),
         "STRUCT(content VARCHAR, content_id BIGINT)[]",
     ),
 )
-_HELPER_MACROS = (
+HELPER_NAMES = ("llm_param", "llm_response_predict", *(name for name, *_ in _HELPERS))
+"""Byzer's helper functions; no model can have such a name."""
+
+_HELPER_MACROS = (  # `__udf` becomes the ending of the functions' names in this catalog
     "llm_param(request) AS struct_pack(llm_request := to_json(request)::VARCHAR)",
     "llm_prompt(template, arguments) AS llm_prompt__udf(template::VARCHAR, arguments::VARCHAR[])",
     "llm_result(response) AS llm_result__udf(response::VARCHAR)",
@@ -50,12 +53,18 @@ _HELPER_MACROS = (
 )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Registered:
+    """The Python functions of one name and SQL type. They are never removed: DuckDB frees a function also under a
+    query that is running it. What has no gateway answers with an error, and serves again when its like is deployed.
+    """
+
     function: ModelFunction
-    face: tuple[str, CallOptions]  # the SQL type and the defaults that its macros were made for
-    names: tuple[str, ...]  # Python functions in DuckDB, behind the macros
-    macros: tuple[str, ...]  # statements that make its macros
+    value: str  # name of the function behind the macro
+    row: str  # name of the function behind the `_row` macro
+
+
+_numbers = itertools.count(1)  # in all sessions of the process: two may share a database
 
 
 class FunctionCatalog:
@@ -69,51 +78,59 @@ class FunctionCatalog:
     def __init__(self, admin: duckdb.DuckDBPyConnection, statements: StatementTable) -> None:
         self._admin = admin
         self._statements = statements
-        self._functions: dict[str, _Registered] = {}
-        self._dropped: dict[str, int] = {}
+        self._made: dict[tuple[str, str], _Registered] = {}  # by name and SQL type
+        self._current: dict[str, _Registered] = {}
+        self._macros: dict[str, tuple[str, ...]] = {}  # statements that make them
         self._version = 1
-        self._outgrown: list[str] = []  # functions of an earlier face: a query may still be running them
-        self._numbers = itertools.count(1)
         self._lock = threading.RLock()
+        helper = f"__udf{next(_numbers)}"
         for name, function, result, parameters, sql_type in _HELPERS:
-            self._create(name, requests.by_row(function, result), parameters, sql_type)
+            self._create(name + helper, requests.by_row(function, result), parameters, sql_type)
+        self._helper_macros = tuple(macro.replace("__udf", helper) for macro in _HELPER_MACROS)
 
-    def put(self, name: str, gateway: Gateway, defaults: CallOptions) -> Gateway | None:
+    def put(self, name: str, gateway: Gateway) -> Gateway | None:
         """Make `name` answer through `gateway`; returns the gateway it answered through before, to be closed.
 
         When the function keeps its SQL type, queries that run are carried over in the middle.
         """
         with self._lock:
-            old = self._functions.get(name)
-            face = (signatures.sql_type(gateway.info), defaults)
-            if old and old.face == face:
-                previous, old.function.gateway = old.function.gateway, gateway
-                return previous
-            if old:
-                self._outgrown += old.names
-                self._admin.remove_function(name)
-            self._functions[name] = self._register(name, gateway, face)
-            self._dropped.pop(name, None)
-            self._version += 1
-            return old.function.gateway if old else None
+            before = self._current.get(name)
+            previous = before.function.gateway if before else None
+            registered = self._registered(name, gateway)
+            if before and before is not registered:
+                before.function.gateway = None
+            registered.function.gateway = gateway
+            self._current[name] = registered
+            macros = (
+                signatures.macro(name, registered.value, gateway.info, gateway.pool.spec.defaults),
+                signatures.macro(f"{name}_row", registered.row, gateway.info, gateway.pool.spec.defaults),
+            )
+            if self._macros.get(name) != macros:
+                self._macros[name] = macros
+                self._version += 1
+            return previous
 
     def remove(self, name: str) -> Gateway | None:
-        """Forget `name`; returns its gateway, to be closed. None when there was no such function."""
+        """Take the model from `name`, which then answers with an error; returns its gateway, to be closed.
+
+        None when there was no such function.
+        """
         with self._lock:
-            registered = self._functions.pop(name, None)
+            registered = self._current.pop(name, None)
             if registered is None:
                 return None
-            self._version += 1
-            self._dropped[name] = self._version
-            for function in (*registered.names, name):
-                self._admin.remove_function(function)
             gateway, registered.function.gateway = registered.function.gateway, None
             return gateway
 
     def gateways(self) -> dict[str, Gateway]:
         """The gateways in use, by function name."""
         with self._lock:
-            return {name: r.function.gateway for name, r in self._functions.items() if r.function.gateway}
+            return {name: r.function.gateway for name, r in self._current.items() if r.function.gateway}
+
+    def owns(self, name: str) -> bool:
+        """Whether a function of DuckDB's with this name was made here."""
+        with self._lock:
+            return any(made == name for made, _ in self._made)
 
     @property
     def version(self) -> int:
@@ -125,40 +142,36 @@ class FunctionCatalog:
         with self._lock:
             if seen == self._version:
                 return seen
-            for name, version in self._dropped.items():
-                if version > seen:
-                    for macro in (name, f"{name}_row"):
-                        cursor.execute(f"DROP MACRO IF EXISTS temp.{signatures.quote(macro)}")
             if seen == 0:
-                for helper in _HELPER_MACROS:
+                for helper in self._helper_macros:
                     cursor.execute(f"CREATE OR REPLACE TEMP MACRO {helper}")
-            for registered in self._functions.values():
-                for statement in registered.macros:
+            for macros in self._macros.values():
+                for statement in macros:
                     cursor.execute(statement)
             return self._version
 
     def close(self) -> None:
-        """Remove every function from the database."""
+        """Let every function answer that its model is gone."""
         with self._lock:
-            for name in list(self._functions):
+            for name in list(self._current):
                 self.remove(name)
-            for function in (*self._outgrown, *(helper[0] for helper in _HELPERS)):
-                self._admin.remove_function(function)
 
-    def _register(self, name: str, gateway: Gateway, face: tuple[str, CallOptions]) -> _Registered:
-        function = ModelFunction(gateway, self._statements)
-        number = next(self._numbers)
-        value, row = f"{name}__udf{number}", f"{name}_row__udf{number}"
-        info, defaults = gateway.info, face[1]
-        self._create(value, function.value, signatures.PARAMETERS, signatures.sql_type(info))
-        self._create(row, function.row, signatures.PARAMETERS, signatures.row_type(info))
-        # Under its own name, for cursors that are not ours and have no macros: chat('text') works there too.
-        self._create(name, function.plain, ("VARCHAR",), signatures.sql_type(info))
-        macros = (
-            signatures.macro(name, value, info, defaults),
-            signatures.macro(f"{name}_row", row, info, defaults),
-        )
-        return _Registered(function, face, (value, row), macros)
+    def _registered(self, name: str, gateway: Gateway) -> _Registered:
+        info = gateway.info
+        key = (name, signatures.sql_type(info))
+        if key not in self._made:
+            function = ModelFunction(name, self._statements)
+            number = next(_numbers)
+            value, row = f"{name}__udf{number}", f"{name}_row__udf{number}"
+            self._create(value, function.value, signatures.PARAMETERS, signatures.sql_type(info))
+            self._create(row, function.row, signatures.PARAMETERS, signatures.row_type(info))
+            if not self.owns(name):
+                # Under its own name, for cursors that are not ours and have no macros: name('text') works there.
+                # Another session on the same database may have made it; then that one answers there.
+                with suppress(duckdb.CatalogException):
+                    self._create(name, function.plain, ("VARCHAR",), signatures.sql_type(info))
+            self._made[key] = _Registered(function, value, row)
+        return self._made[key]
 
     def _create(self, name: str, function: Callable[..., pa.Array], parameters: tuple[str, ...], result: str) -> None:
         def columns(*chunk: pa.ChunkedArray) -> pa.Array:

@@ -14,11 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from runtime.errors import UserError
+from runtime.errors import RowError, UserError
 from runtime.gateway import Outcome
 from runtime.spec import Message, Prompt
 
-REQUEST_TYPE = "STRUCT(llm_request VARCHAR)"
 _OPTION_NAMES = {"max_length": "max_tokens", "stopping_sequences": "stop"}
 _ROLE_KEYS = {"system": "system_msg", "user_role": "user_role", "assistant_role": "assistant_role"}
 _IGNORED = ("embedding", "tokenizer", "apply_chat_template", "meta", "embed_rerank")
@@ -40,19 +39,16 @@ class Request:
         """Read what `llm_param` wrote.
 
         Raises:
-            UserError: the map has no instruction.
+            RowError: bad_request: there is no instruction, or the history is no list of pairs.
         """
         said = json.loads(text)
-        instruction = said.pop("instruction", said.pop("query", None))
+        instruction = said.pop("instruction", said.pop("query", None)) if isinstance(said, dict) else None
         if instruction is None:
-            raise UserError(
+            raise RowError(
                 'The map given to llm_param has no "instruction".',
-                code="request_without_instruction",
+                code="bad_request",
                 hint="""Write llm_param(MAP {'instruction': '…'}).""",
             )
-        history = said.pop("history", ())
-        if isinstance(history, str):
-            history = json.loads(history or "[]")
         roles = {
             field: str(said.pop(key, "") or "")
             for field, key in (
@@ -61,6 +57,7 @@ class Request:
                 ("assistant_role", "assistant_role"),
             )
         }
+        history = _history(said.pop("history", None))
         options = {
             _OPTION_NAMES.get(key, key).removeprefix("generation.").removeprefix("gen."): value
             for key, value in said.items()
@@ -68,7 +65,7 @@ class Request:
         }
         return cls(
             str(instruction),
-            history=tuple((str(question), str(answer)) for question, answer in history),
+            history=history,
             options=tuple(options.items()),
             **roles,
         )
@@ -89,6 +86,14 @@ class Request:
         if assistant:
             lines.append(assistant)
         return "\n".join(lines)
+
+
+def _history(said: Any) -> tuple[tuple[str, str], ...]:
+    try:
+        pairs = json.loads(said or "[]") if isinstance(said, str) else said or []
+        return tuple((str(question), str(answer)) for question, answer in pairs)
+    except (TypeError, ValueError):
+        raise RowError("The history of the request is no list of [question, answer].", code="bad_request") from None
 
 
 def response(outcome: Outcome, request: Request) -> str:

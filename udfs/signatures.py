@@ -13,11 +13,14 @@ import pyarrow as pa
 
 from runtime.gateway import Outcome
 from runtime.spec import CallOptions, EngineInfo, Task
-from udfs.arguments import OPTION_NAMES
+from udfs.arguments import MESSAGES, OPTION_NAMES, REQUEST, TEXT
 from udfs.context import VARIABLE
 
+REQUEST_TYPE = "STRUCT(llm_request VARCHAR)"
+"""What `llm_param` makes: no text of the user's can be mistaken for it."""
+
 PARAMETERS = ("VARCHAR", "VARCHAR", "VARCHAR", "VARCHAR", "DOUBLE")
-"""SQL types of the function behind the macro: statement, prompt, the prompt's type, options as JSON, draw."""
+"""SQL types of the function behind the macro: statement, prompt, what the prompt is, options as JSON, draw."""
 
 
 def sql_type(info: EngineInfo) -> str:
@@ -50,12 +53,16 @@ def macro(name: str, function: str, info: EngineInfo, defaults: CallOptions) -> 
     A sampled call draws a random number as its last argument: that makes the expression volatile, so DuckDB neither
     folds nor merges calls that must each have an answer of their own.
     """
-    is_data = """typeof(prompt) = 'STRUCT(llm_request VARCHAR)' OR typeof(prompt) LIKE 'STRUCT(%content%)[]'"""
-    text = f"CASE WHEN {is_data} THEN to_json(prompt)::VARCHAR ELSE prompt::VARCHAR END"
+    kind = (
+        f"CASE WHEN typeof(prompt) = '{REQUEST_TYPE}' THEN '{REQUEST}' "
+        f"WHEN typeof(prompt) LIKE 'STRUCT(%role%' AND typeof(prompt) LIKE 'STRUCT(%content%)[]' THEN '{MESSAGES}' "
+        f"ELSE '{TEXT}' END"
+    )
+    text = f"CASE WHEN {kind} = '{TEXT}' THEN prompt::VARCHAR ELSE to_json(prompt)::VARCHAR END"
     if info.task is not Task.GENERATE:
         return (
             f"CREATE OR REPLACE TEMP MACRO {quote(name)}(prompt) AS "
-            f"{quote(function)}(getvariable('{VARIABLE}'), {text}, typeof(prompt), NULL, 0)"
+            f"{quote(function)}(getvariable('{VARIABLE}'), {text}, {kind}, NULL, 0)"
         )
     named = ", ".join(f"{option} := NULL" for option in OPTION_NAMES)
     said = " AND ".join(f"{option} IS NULL" for option in OPTION_NAMES)
@@ -65,7 +72,7 @@ def macro(name: str, function: str, info: EngineInfo, defaults: CallOptions) -> 
     sampled = f"{heat} > 0 AND coalesce(seed, {seed}) IS NULL"
     return (
         f"CREATE OR REPLACE TEMP MACRO {quote(name)}(prompt, {named}) AS "
-        f"{quote(function)}(getvariable('{VARIABLE}'), {text}, typeof(prompt), "
+        f"{quote(function)}(getvariable('{VARIABLE}'), {text}, {kind}, "
         f"CASE WHEN {said} THEN NULL ELSE to_json(struct_pack({packed}))::VARCHAR END, "
         f"CASE WHEN {sampled} THEN random() ELSE 0 END)"
     )

@@ -133,9 +133,10 @@ def retire(pool: Pool) -> None:
 
 
 def retire_older(pool: Pool) -> None:
-    """End the complete generations under `pool`'s name that are older than it; nobody may be using them any more."""
+    """End the generations under `pool`'s name that are older than it, but for those still being deployed."""
     for generation in generations(pool.name):
-        if generation.number < pool.generation and generation.deployed:
+        loading = generation.witness is not None and not generation.deployed
+        if generation.number < pool.generation and not loading:
             actors.end(generation.handles)
 
 

@@ -115,4 +115,5 @@ class Pool:
                     code="model_changed",
                     hint='Register it again: `RUN command AS LLM.` WHERE action="infer" AND reconnect="true" …`.',
                 )
+            self.generation, self.spec, self.info = found.number, witness.spec, info
             self._sit(found.handles)

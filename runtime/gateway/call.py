@@ -23,6 +23,11 @@ class Outcome(NamedTuple):
     completion_tokens: int = 0
     latency_ms: float = 0.0
 
+    @property
+    def outcome(self) -> Outcome:
+        """Itself: what is known already stands beside calls that are settled later."""
+        return self
+
 
 class Asked(NamedTuple):
     """The answer to one `Gateway.ask`: a column of outcomes in the order of the prompts.
@@ -59,28 +64,41 @@ class Ticket:
 
 
 class Call:
-    """One question, asked once for all rows that ask it."""
+    """One question, asked once for all rows that ask it.
 
-    __slots__ = ("keep", "losses", "options", "outcome", "prompt", "size", "statement_id", "tickets")
+    Args:
+        lane: the open calls that others may join, by prompt; None when nobody may.
+    """
 
-    def __init__(self, prompt: Prompt, options: CallOptions, statement_id: int, keep: bool) -> None:
+    __slots__ = ("keep", "lane", "losses", "options", "outcome", "prompt", "size", "statement_id", "tickets")
+
+    def __init__(
+        self, prompt: Prompt, options: CallOptions, statement_id: int, keep: bool, lane: dict[Prompt, Call] | None
+    ) -> None:
         self.prompt = prompt
         self.options = options
         self.size = len(prompt) if isinstance(prompt, str) else sum(len(m.content) for m in prompt)
         self.statement_id = statement_id
         self.keep = keep  # may answer later statements too
+        self.lane = lane
         self.outcome: Outcome | None = None
         self.tickets: list[Ticket] = []
-        self.losses = 0  # batches with this call that came back without an answer
+        self.losses = 0  # times it was alone in a batch that came back without an answer
 
     @property
     def wanted(self) -> bool:
         """Whether any row still waits for it."""
-        return bool(self.tickets)
+        return any(ticket.failure is None for ticket in self.tickets)
 
     def settle(self, outcome: Outcome) -> None:
         """Give the outcome to every waiting row. Called under the gateway's lock."""
         self.outcome = outcome
         for ticket in self.tickets:
             ticket.count_down()
+        self.shut()
+
+    def shut(self) -> None:
+        """Nobody waits for it, and nobody may join it any more. Called under the gateway's lock."""
         self.tickets = []
+        if self.lane is not None and self.lane.get(self.prompt) is self:
+            del self.lane[self.prompt]

@@ -12,16 +12,17 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from runtime.errors import Cancelled, ErrorInfo, Fatal, OutOfMemory, Retryable, RowError, SqlextError
+from runtime.errors import Cancelled, Fatal, OutOfMemory, Retryable, RowError, SqlextError
 from runtime.gateway.call import Asked, Call, Outcome, Ticket
-from runtime.gateway.memory import CallMemory
+from runtime.gateway.memory import OutcomeMemory
 from runtime.gateway.queue import CallQueue
 from runtime.gateway.slots import Slots
 from runtime.gateway.statement import Statement
-from runtime.spec import Answers, Batch, CallOptions, EngineInfo, PoolSpec, Prompt
+from runtime.spec import Answers, Batch, CallOptions, EngineInfo, ModelSpec, PoolSpec, Prompt
 
 MAX_LOSSES_ALONE = 2  # a row whose batch of one was lost this often is the cause, not an accident
 MAX_FAILURES_IN_A_ROW = 20  # rows the engine failed on, one after the other, before the statement stops
+CLOSE_TIMEOUT_S = 2.0  # for feeders to end; one that waits for a batch nobody wants is left behind
 MEMORY_BYTES = 256 * 1024 * 1024
 
 
@@ -29,6 +30,8 @@ class WorkerPool(Protocol):
     """What the gateway needs of a pool of workers."""
 
     name: str
+    generation: int
+    spec: ModelSpec
     pool: PoolSpec
     info: EngineInfo
     workers: int
@@ -55,32 +58,43 @@ class GatewayClosed(Exception):
     """This gateway takes no more questions: its model was redeployed or removed."""
 
 
+class _Entered:
+    """What became of one group of a question: known outcomes and open calls, in the order of its prompts."""
+
+    __slots__ = ("calls", "fresh", "options", "reused")
+
+    def __init__(self, options: CallOptions) -> None:
+        self.options = options
+        self.calls: list[Call | Outcome] = []
+        self.reused: list[bool] = []
+        self.fresh: list[Call] = []
+
+
 class Gateway:
     """Single flight, queue and feeders in front of one pool. Thread-safe.
 
     Args:
         pool: the workers.
-        defaults: generation defaults, used where a call does not say.
         memory_bytes: bound on the finished calls that are remembered.
     """
 
-    def __init__(
-        self, pool: WorkerPool, defaults: CallOptions | None = None, memory_bytes: int = MEMORY_BYTES
-    ) -> None:
+    def __init__(self, pool: WorkerPool, memory_bytes: int = MEMORY_BYTES) -> None:
         info = pool.info
         self.pool = pool
         self.name = pool.name
-        self._defaults = defaults or CallOptions()
+        self._defaults = pool.spec.defaults
         self._changed = threading.Condition()
         self._queue = CallQueue(info.max_batch_rows, info.max_batch_chars, pool.workers)
         self._slots = Slots(pool.workers, pool.pool.worker_concurrency, pool.pool.load_balance)
-        self._memory = CallMemory(memory_bytes)
+        self._memory = OutcomeMemory(memory_bytes)
+        self._open: dict[CallOptions, dict[Prompt, Call]] = {}  # deterministic calls that others may join
         self._batch_ids = itertools.count(1)
         self._in_flight: dict[int, tuple[int, Sequence[Call]]] = {}
         self._feeders: list[threading.Thread] = []
         self._asking = 0
         self._failures_in_a_row = 0
         self._closing = False
+        self._generation = pool.generation
 
     @property
     def info(self) -> EngineInfo:
@@ -88,7 +102,14 @@ class Gateway:
         return self.pool.info
 
     def ask(self, options: CallOptions, prompts: Sequence[Prompt], statement: Statement) -> Asked:
-        """Answer every prompt, in order. Blocks until all are answered.
+        """`ask_all` for prompts that share their options."""
+        return self.ask_all([(options, prompts)], statement)[0]
+
+    def ask_all(self, groups: Sequence[tuple[CallOptions, Sequence[Prompt]]], statement: Statement) -> list[Asked]:
+        """Answer every prompt of every group, in order. Blocks until all are answered.
+
+        Args:
+            groups: call options and the prompts that are asked with them.
 
         Raises:
             Cancelled: the statement was cancelled.
@@ -101,21 +122,26 @@ class Gateway:
             if self._closing:
                 raise GatewayClosed
             self._asking += 1
-            calls, reused, fresh = self._enter(options.over(self._defaults), prompts, statement, ticket)
+            entered = [self._enter(o.over(self._defaults), prompts, statement, ticket) for o, prompts in groups]
+            if not ticket.open_calls:
+                ticket.done.set()
         stop_listening = statement.on_cancel(ticket.done.set)
         try:
             ticket.done.wait()
         finally:
             stop_listening()
             with self._changed:
-                self._leave(calls, ticket)
+                self._leave(entered, ticket)
         if ticket.failure:
             raise ticket.failure
-        if statement.cancelled:
+        if ticket.open_calls:
             raise Cancelled("The statement was cancelled.")
-        outcomes = [call.outcome for call in calls]
-        self._account(outcomes, reused, fresh, statement, time.monotonic() - started)
-        return Asked(outcomes, reused)  # type: ignore[arg-type]  # all settled: the ticket is done
+        seconds = time.monotonic() - started
+        answers = [Asked([found.outcome for found in group.calls], group.reused) for group in entered]  # type: ignore[misc]
+        for asked, group in zip(answers, entered, strict=True):
+            self._account(asked, group.fresh, statement, seconds)
+            seconds = 0.0
+        return answers
 
     def close(self) -> None:
         """Take no more questions, wait for those under way, stop the feeders and drop the pool's handles."""
@@ -123,72 +149,67 @@ class Gateway:
             self._closing = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._asking == 0)
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
         for thread in self._feeders:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
         self.pool.close()
 
     # -- asking -------------------------------------------------------------------------------------------
 
     def _enter(
         self, options: CallOptions, prompts: Sequence[Prompt], statement: Statement, ticket: Ticket
-    ) -> tuple[list[Call], list[bool], list[Call]]:
-        lane = self._memory.lane(options) if options.deterministic else None
-        keep, read = statement.cache == "on", statement.cache != "off"
-        calls: list[Call] = []
-        reused: list[bool] = []
-        fresh: list[Call] = []
+    ) -> _Entered:
+        shared = options.deterministic
+        lane = self._open.setdefault(options, {}) if shared else None
+        remembered = self._memory.view(options, statement)
+        entered = _Entered(options)
+        keep = statement.cache == "on"
         for prompt in prompts:
-            call = lane.get(prompt) if lane is not None else None
-            if call is None or not (
-                call.outcome is None or call.statement_id == statement.id or (read and call.keep)
-            ):
-                call = Call(prompt, options, statement.id, keep)
-                fresh.append(call)
-                reused.append(False)
+            call = lane.get(prompt) if lane else None
+            if call is None and shared and (known := remembered.find(prompt)):
+                entered.calls.append(known)
+                entered.reused.append(True)
+                continue
+            entered.reused.append(call is not None)
+            if call is None:
+                call = Call(prompt, options, statement.id, keep, lane)
+                entered.fresh.append(call)
                 if lane is not None:
                     lane[prompt] = call
-            else:
-                reused.append(True)
-            if call.outcome is None and (not call.tickets or call.tickets[-1] is not ticket):
+            if not call.tickets or call.tickets[-1] is not ticket:
                 call.tickets.append(ticket)
                 ticket.open_calls += 1
-            calls.append(call)
-        if fresh:
-            self._queue.put(options, list(fresh))
+            entered.calls.append(call)
+        if entered.fresh:
+            self._queue.put(options, list(entered.fresh))
             self._start_feeders()
             self._changed.notify_all()
-        if not ticket.open_calls:
-            ticket.done.set()
-        return calls, reused, fresh
+        return entered
 
-    def _leave(self, calls: Sequence[Call], ticket: Ticket) -> None:
+    def _leave(self, entered: Sequence[_Entered], ticket: Ticket) -> None:
         self._asking -= 1
         if ticket.open_calls:  # cancelled or failed: take back what nobody else waits for
-            for call in calls:
+            for call in (call for group in entered for call in group.calls if isinstance(call, Call)):
                 if ticket in call.tickets:
                     call.tickets.remove(ticket)
                     if not call.wanted:
-                        self._memory.forget(call)
+                        call.shut()
             for batch_id, (worker, batch_calls) in self._in_flight.items():
                 if not any(call.wanted for call in batch_calls):
                     self.pool.cancel(worker, batch_id)
+        for group in entered:
+            if not self._open.get(group.options, True):
+                del self._open[group.options]
         self._changed.notify_all()
 
-    def _account(
-        self,
-        outcomes: Sequence[Outcome | None],
-        reused: Sequence[bool],
-        fresh: Sequence[Call],
-        statement: Statement,
-        seconds: float,
-    ) -> None:
+    def _account(self, asked: Asked, fresh: Sequence[Call], statement: Statement, seconds: float) -> None:
         made = [call.outcome for call in fresh if call.outcome]
         statement.add(
             self.name,
-            rows=len(outcomes),
+            rows=len(asked.outcomes),
             calls=len(fresh),
-            reused=sum(reused),
-            errors=sum(1 for outcome in outcomes if outcome and outcome.error),
+            reused=sum(asked.reused),
+            errors=sum(1 for outcome in asked.outcomes if outcome.error),
             prompt_tokens=sum(outcome.prompt_tokens for outcome in made),
             completion_tokens=sum(outcome.completion_tokens for outcome in made),
             seconds=seconds,
@@ -223,12 +244,15 @@ class Gateway:
                     self._changed.notify_all()
 
     def _take(self) -> tuple[int, Batch, list[Call]] | None:
-        if not len(self._queue) or (worker := self._slots.choose()) is None:
+        again = self._queue.again
+        worker = self._slots.choose(empty=again) if len(self._queue) else None
+        if worker is None:
             return None
         calls = self._queue.take(full_only=not self._slots.idle(worker))
         if not calls:
             return None
-        self._slots.occupy(worker)
+        # A batch that was lost may have killed its worker: no other batch is put beside it.
+        self._slots.occupy(worker, alone=again)
         batch = Batch(next(self._batch_ids), calls[0].options, [call.prompt for call in calls])
         self._in_flight[batch.id] = (worker, calls)
         return worker, batch, calls
@@ -237,6 +261,7 @@ class Gateway:
         try:
             for answers in self.pool.run(worker, batch):
                 self._deliver(calls, answers)
+            self._notice_other_model()
             lost: SqlextError = Retryable("The engine ended a batch without an answer for every row.")
         except SqlextError as error:
             lost = error
@@ -245,6 +270,14 @@ class Gateway:
         missing = [call for call in calls if call.outcome is None and call.wanted]
         if missing:
             self._lose(missing, lost)
+
+    def _notice_other_model(self) -> None:
+        """Another process may have deployed the model anew: what is remembered is no longer its word."""
+        if self.pool.generation != self._generation:
+            with self._changed:
+                self._generation = self.pool.generation
+                self._defaults = self.pool.spec.defaults
+                self._memory.clear()
 
     def _deliver(self, calls: Sequence[Call], answers: Answers) -> None:
         columns = zip(
@@ -259,26 +292,14 @@ class Gateway:
         with self._changed:
             for row, output, finish_reason, prompt_tokens, completion_tokens in columns:
                 error = errors.get(row) if errors else None
-                self._settle(
-                    calls[row],
-                    Outcome(
-                        None if error else output,
-                        error,
-                        finish_reason,
-                        prompt_tokens,
-                        completion_tokens,
-                        latency_ms,
-                    ),
-                )
+                shown = None if error else output
+                calls[row].settle(Outcome(shown, error, finish_reason, prompt_tokens, completion_tokens, latency_ms))
+            self._remember([calls[row] for row in answers.rows])
             self._failures_in_a_row = 0
 
-    def _settle(self, call: Call, outcome: Outcome) -> None:
-        call.settle(outcome)
-        if not call.options.deterministic:
-            return
-        if outcome.error:
-            call.keep = False  # an error answers its own statement, never a later one
-        self._memory.finished(call)
+    def _remember(self, calls: Sequence[Call]) -> None:
+        if calls and calls[0].options.deterministic:
+            self._memory.remember(calls[0].options, calls)
 
     def _lose(self, calls: list[Call], error: SqlextError) -> None:
         """A batch ended without these calls: halve it and send it again, or give up."""
@@ -288,16 +309,14 @@ class Gateway:
                 return
             if isinstance(error, OutOfMemory):
                 self._queue.max_rows = max(1, min(self._queue.max_rows, len(calls) // 2))
-            for call in calls:
-                call.losses += 1
             if len(calls) > 1:
-                half = (len(calls) + 1) // 2
-                self._queue.put_back(calls[:half])
-                self._queue.put_back(calls[half:])
-            elif isinstance(error, (OutOfMemory, RowError)) or calls[0].losses >= MAX_LOSSES_ALONE:
-                self._fail_row(calls[0], error)
-            else:
                 self._queue.put_back(calls)
+            else:
+                calls[0].losses += 1
+                if isinstance(error, (OutOfMemory, RowError)) or calls[0].losses >= MAX_LOSSES_ALONE:
+                    self._fail_row(calls[0], error)
+                else:
+                    self._queue.put_back(calls)
             self._changed.notify_all()
 
     def _give_up(self, calls: Sequence[Call], error: SqlextError) -> None:
@@ -306,7 +325,7 @@ class Gateway:
             for ticket in call.tickets:
                 ticket.fail(error)
             call.tickets = []
-            self._memory.forget(call)
+            call.shut()
 
     def _fail_row(self, call: Call, error: SqlextError) -> None:
         self._failures_in_a_row += 1
@@ -320,4 +339,5 @@ class Gateway:
             self._failures_in_a_row = 0  # the next statement has its own patience
             self._give_up([call], stop)
             return
-        self._settle(call, Outcome(None, ErrorInfo(error.code, error.message, error.hint)))
+        call.settle(Outcome(None, error.info))
+        self._remember([call])

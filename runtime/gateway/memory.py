@@ -1,50 +1,90 @@
-"""Finished calls kept in memory, so that equal questions cost nothing while they are remembered.
+"""Outcomes kept in memory, so that equal questions cost nothing while they are remembered.
 
-Bounded by bytes: the oldest leave first. Not thread-safe; the gateway holds its lock around every call.
+Bounded by bytes: two generations, of which the older is dropped whole when the younger is full; what is used again
+moves to the younger. Outcomes are kept as plain tuples of plain values, which Python's garbage collector soon stops
+looking at: as objects, half of the time of a fast query went into collecting them.
+Not thread-safe; the gateway holds its lock around every call.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import sys
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
-from runtime.gateway.call import Call
+from runtime.gateway.call import Call, Outcome
+from runtime.gateway.statement import Statement
 from runtime.spec import CallOptions, Prompt
 
-OVERHEAD_BYTES = 400  # the Python objects of a call, beside its texts
+OVERHEAD_BYTES = 250  # of one entry, beside its texts
+_FIELDS = len(Outcome._fields)
+
+Lane: TypeAlias = dict[Prompt, tuple[Any, ...]]
+"""By prompt: the fields of its outcome, the statement that asked, whether later statements may use it."""
 
 
-class CallMemory:
-    """Open and finished calls by their options and prompt.
+class OutcomeMemory:
+    """Outcomes by the call's options and prompt.
 
     Args:
-        max_bytes: bound on the finished ones.
+        max_bytes: bound on texts and vectors kept, with an estimate of what holds them.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._lanes: dict[CallOptions, dict[Prompt, Call]] = {}
-        self._finished: deque[tuple[Call, int]] = deque()
+        self._max_bytes = max_bytes // 2  # of one generation
+        self._young: dict[CallOptions, Lane] = {}
+        self._old: dict[CallOptions, Lane] = {}
         self._bytes = 0
 
-    def lane(self, options: CallOptions) -> dict[Prompt, Call]:
-        """The calls with these options, by prompt; add new ones to it."""
-        return self._lanes.setdefault(options, {})
+    def __len__(self) -> int:
+        return sum(len(lane) for lanes in (self._young, self._old) for lane in lanes.values())
 
-    def finished(self, call: Call) -> None:
-        """`call` has an outcome worth keeping; make room for it."""
-        output = call.outcome.output if call.outcome else None
-        size = call.size + OVERHEAD_BYTES + (getattr(output, "nbytes", None) or len(output or ""))
-        self._finished.append((call, size))
-        self._bytes += size
-        while self._bytes > self._max_bytes:
-            oldest, freed = self._finished.popleft()
-            self._bytes -= freed
-            self.forget(oldest)
+    def view(self, options: CallOptions, statement: Statement) -> OutcomeView:
+        """What is remembered of calls with these options, for `statement`; valid while the lock is held."""
+        return OutcomeView(self._young.setdefault(options, {}), self._old.get(options, {}), statement)
 
-    def forget(self, call: Call) -> None:
-        """Drop `call`, if it is still the one remembered for its prompt."""
-        lane = self._lanes.get(call.options)
-        if lane is not None and lane.get(call.prompt) is call:
-            del lane[call.prompt]
-            if not lane:
-                del self._lanes[call.options]
+    def clear(self) -> None:
+        """Forget everything."""
+        self._young, self._old, self._bytes = {}, {}, 0
+
+    def remember(self, options: CallOptions, calls: Iterable[Call]) -> None:
+        """Keep the outcomes of settled calls; a failure answers only its own statement."""
+        if self._bytes > self._max_bytes:
+            self._old, self._young, self._bytes = self._young, {}, 0
+        lane = self._young.setdefault(options, {})
+        for call in calls:
+            outcome = call.outcome
+            if outcome is not None:
+                keep = call.keep and outcome.error is None
+                lane[call.prompt] = (*outcome, call.statement_id, keep)
+                self._bytes += OVERHEAD_BYTES + _bytes(call.prompt) + _bytes(outcome.output)
+
+
+class OutcomeView:
+    """The remembered outcomes of one set of options, as one statement may use them."""
+
+    __slots__ = ("_old", "_reads", "_statement_id", "_young")
+
+    def __init__(self, young: Lane, old: Lane, statement: Statement) -> None:
+        self._young = young
+        self._old = old
+        self._statement_id = statement.id
+        self._reads = statement.cache != "off"
+
+    def find(self, prompt: Prompt) -> Outcome | None:
+        """The outcome for `prompt`, or None when none is remembered that the statement may use."""
+        entry = self._young.get(prompt)
+        if entry is None:
+            entry = self._old.get(prompt)
+            if entry is None:
+                return None
+            self._young[prompt] = entry
+        *fields, statement_id, keep = entry
+        if statement_id == self._statement_id or (keep and self._reads):
+            return Outcome(*fields)
+        return None
+
+
+def _bytes(value: Any) -> int:
+    size: int = value.nbytes if hasattr(value, "nbytes") else sys.getsizeof(value)
+    return size

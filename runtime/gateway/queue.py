@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 
 from runtime.gateway.call import Call
 from runtime.spec import CallOptions
@@ -42,9 +41,17 @@ class CallQueue:
         self._sheaves.append((options, calls))
         self._queued += len(calls)
 
-    def put_back(self, calls: Iterable[Call]) -> None:
-        """Calls that lost their batch: they come out next, and exactly these together."""
-        self._again.append(list(calls))
+    @property
+    def again(self) -> bool:
+        """Whether the next batch is one that was lost."""
+        return bool(self._again)
+
+    def put_back(self, calls: list[Call]) -> None:
+        """Calls that lost their batch: they come out next, in two halves, and no others with them."""
+        half = (len(calls) + 1) // 2
+        for part in (calls[half:], calls[:half]):
+            if part:
+                self._again.appendleft(part)
 
     def take(self, full_only: bool) -> list[Call]:
         """The next batch, all of one set of options; [] when there is none.

@@ -33,29 +33,37 @@ class Slots:
         self._load = [0] * workers
         self._last_used = [0] * workers
         self._clock = 0
+        self._alone: set[int] = set()
 
     @property
     def total(self) -> int:
         """Batches that can be in flight at once."""
         return len(self._load) * (self._running + 1)
 
-    def choose(self) -> int | None:
-        """The worker that would take the next batch, or None when all have enough."""
-        free = [worker for worker, load in enumerate(self._load) if load <= self._running]
+    def choose(self, empty: bool = False) -> int | None:
+        """The worker that would take the next batch, or None when all have enough.
+
+        Args:
+            empty: only a worker with nothing at all in flight.
+        """
+        most = 0 if empty else self._running
+        free = [worker for worker, load in enumerate(self._load) if load <= most and worker not in self._alone]
         if not free:
             return None
         if self._policy == "round_robin":
             workers = len(self._load)
-            return min(free, key=lambda worker: (worker - self._clock) % workers)
+            return min(free, key=lambda worker: (not self.idle(worker), (worker - self._clock) % workers))
         return min(free, key=lambda worker: (self._load[worker], self._last_used[worker]))
 
     def idle(self, worker: int) -> bool:
         """Whether the worker would start on a batch at once."""
         return self._load[worker] < self._running
 
-    def occupy(self, worker: int) -> None:
-        """A batch goes to `worker`."""
+    def occupy(self, worker: int, alone: bool = False) -> None:
+        """A batch goes to `worker`; `alone` keeps others away until it has ended."""
         self._load[worker] += 1
+        if alone:
+            self._alone.add(worker)
         if self._policy == "round_robin":
             self._clock = worker + 1
         else:
@@ -65,3 +73,4 @@ class Slots:
     def release(self, worker: int) -> None:
         """A batch of `worker` has ended."""
         self._load[worker] -= 1
+        self._alone.discard(worker)

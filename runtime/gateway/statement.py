@@ -54,15 +54,13 @@ class Statement:
     """State of one running SQL statement.
 
     Args:
-        id: number of the statement in its session.
-        text: the SQL, for the user's own lists.
+        id: number of the statement in its session; 0 stands for all whose statement is not known.
         on_error: 'record' lists a failed row and gives NULL, 'null' gives NULL, 'fail' stops the statement.
         cache: 'on' uses and keeps results, 'read' uses but does not keep, 'off' neither.
     """
 
-    def __init__(self, id: int = 0, text: str = "", on_error: OnError = "record", cache: CacheMode = "on") -> None:
+    def __init__(self, id: int = 0, on_error: OnError = "record", cache: CacheMode = "on") -> None:
         self.id = id
-        self.text = text
         self.on_error = on_error
         self.cache = cache
         self.started = time.monotonic()
@@ -85,6 +83,12 @@ class Statement:
             wake = list(self._on_cancel)
         for callback in wake:
             callback()
+
+    def fail(self, error: SqlextError) -> None:
+        """The statement cannot go on: keep the first cause, and wake its other threads."""
+        if self.id and not self._cancelled:
+            self.failure = self.failure or error
+            self.cancel()
 
     def on_cancel(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call `callback` at `cancel`; the returned function takes it back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +12,7 @@ from scripted import ScriptedPool
 
 from runtime.errors import Cancelled, Fatal, OutOfMemory, RowError, WorkerLost
 from runtime.gateway import Gateway, GatewayClosed, Statement
-from runtime.spec import Batch, CallOptions
+from runtime.spec import Batch, CallOptions, ModelSpec
 
 GREEDY = CallOptions()
 
@@ -55,8 +56,8 @@ def test_sampled_questions_are_never_merged():
 
 def test_options_keep_questions_apart():
     """A batch holds one set of options, and another option is another question."""
-    pool = ScriptedPool()
-    gateway = Gateway(pool, CallOptions(max_tokens=5))
+    pool = ScriptedPool(defaults=CallOptions(max_tokens=5))
+    gateway = Gateway(pool)
     gateway.ask(CallOptions(), ["a"], Statement(1))
     gateway.ask(CallOptions(max_tokens=5), ["a"], Statement(1))  # what the default says already
     gateway.ask(CallOptions(max_tokens=6), ["a"], Statement(1))
@@ -127,6 +128,96 @@ def test_out_of_memory_on_one_row_is_its_error():
     assert [o.output for o in asked.outcomes] == ["A", None, "B"]
     assert asked.outcomes[1].error.code == "out_of_memory"
     gateway.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_poison_row_takes_no_neighbour_with_it(workers: int):
+    """What dies with a worker is only what was alone on it: the others are answered."""
+    dying = {worker: threading.Event() for worker in range(workers)}
+
+    class Dying(ScriptedPool):
+        def run(self, worker, batch):
+            if "poison" in batch.prompts:
+                dying[worker].set()
+                raise WorkerLost("the worker died")
+            if dying[worker].is_set():  # everything else on the worker dies with it, once
+                dying[worker].clear()
+                raise WorkerLost("the worker died")
+            yield from super().run(worker, batch)
+
+    gateway = Gateway(Dying(workers=workers))
+    asked = gateway.ask(GREEDY, ["poison", "b", "c", "d", "e"], Statement(1))
+    assert [o.output for o in asked.outcomes] == [None, "B", "C", "D", "E"]
+    gateway.close()
+
+
+def test_a_failing_thread_wakes_the_others_of_its_statement():
+    """When one chunk of a statement cannot go on, its other chunks do not wait for their batches."""
+    release = threading.Event()
+
+    def script(batch: Batch) -> None:
+        if "slow" in batch.prompts:
+            assert release.wait(10)
+        if "fatal" in batch.prompts:
+            raise Fatal("no more")
+
+    gateway = Gateway(ScriptedPool(script, workers=2))
+    statement = Statement(1)
+    with ThreadPoolExecutor(2) as threads:
+        slow = threads.submit(outputs, gateway, ["slow"], statement)
+        while not gateway._in_flight:
+            pass
+        with pytest.raises(Fatal) as caught:
+            outputs(gateway, ["fatal"], statement)
+        statement.fail(caught.value)
+        with pytest.raises(Cancelled):
+            slow.result(timeout=1)
+        release.set()
+    assert statement.failure is caught.value
+    gateway.close()
+
+
+def test_options_that_vary_by_row_are_asked_side_by_side():
+    """Groups of one question are in flight together, not one after the other."""
+    together = threading.Barrier(2, timeout=10)
+    gateway = Gateway(ScriptedPool(lambda _: together.wait(), workers=2))
+    groups = [(CallOptions(seed=seed), ["q"]) for seed in (1, 2)]
+    assert [asked.outcomes[0].output for asked in gateway.ask_all(groups, Statement(1))] == ["Q", "Q"]
+    gateway.close()
+
+
+def test_a_model_that_another_process_deployed_anew_is_noticed():
+    """What is remembered of the old model is forgotten, and the new defaults hold."""
+    pool = ScriptedPool()
+    gateway = Gateway(pool)
+    outputs(gateway, ["a"])
+    pool.generation, pool.spec = 2, ModelSpec("chat", "scripted", defaults=CallOptions(max_tokens=9))
+    outputs(gateway, ["b"], Statement(2))
+    outputs(gateway, ["a"], Statement(3))
+    assert pool.prompts == ["a", "b", "a"]
+    gateway.close()
+
+
+def test_close_does_not_wait_for_a_batch_that_nobody_wants():
+    """A batch that ignores its cancelling keeps no session from ending."""
+    begun, release = threading.Event(), threading.Event()
+
+    def script(batch: Batch) -> None:
+        begun.set()
+        release.wait(20)
+
+    gateway = Gateway(ScriptedPool(script))
+    statement = Statement(1)
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(outputs, gateway, ["deaf"], statement)
+        assert begun.wait(10)
+        statement.cancel()
+        with pytest.raises(Cancelled):
+            asking.result(timeout=1)
+    started = time.monotonic()
+    gateway.close()
+    assert time.monotonic() - started < 10
+    release.set()
 
 
 def test_a_lost_batch_is_answered_by_another_worker():
@@ -245,13 +336,12 @@ def test_cancel_leaves_questions_that_others_wait_for():
 
 
 def test_memory_is_bounded():
-    """Finished calls leave memory, the oldest first, when they take more than their share."""
+    """What was asked longest ago leaves memory when the outcomes take more than their share."""
     pool = ScriptedPool(max_batch_rows=1000)
     gateway = Gateway(pool, memory_bytes=500_000)
     for start in range(0, 20_000, 2000):
         outputs(gateway, [f"row {i}" for i in range(start, start + 2000)])
-    remembered = sum(len(lane) for lane in gateway._memory._lanes.values())
-    assert remembered < 1500
+    assert len(gateway._memory) <= 2000  # a generation is a whole number of batches
     outputs(gateway, ["row 19999"])
     assert len(pool.prompts) == 20_000
     gateway.close()

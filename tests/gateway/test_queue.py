@@ -15,7 +15,7 @@ GREEDY = CallOptions()
 
 
 def calls(*prompts: str, options: CallOptions = GREEDY) -> list[Call]:
-    made = [Call(prompt, options, 1, True) for prompt in prompts]
+    made = [Call(prompt, options, 1, True, None) for prompt in prompts]
     for call in made:
         call.tickets.append(Ticket(Statement()))
     return made
@@ -107,6 +107,36 @@ def test_round_robin_goes_around():
     assert slots.choose() is None
     slots.release(1)
     assert slots.choose() == 1
+
+
+def test_an_idle_worker_goes_first():
+    """No policy lets a batch wait behind another one while a worker has nothing to do."""
+    slots = Slots(workers=2, running=1, policy="round_robin")
+    slots.occupy(0)
+    slots.occupy(1)
+    slots.release(1)
+    assert slots.choose() == 1
+
+
+def test_a_worker_with_a_lost_batch_gets_no_other():
+    """What may kill its worker is alone there."""
+    slots = Slots(workers=1, running=1, policy="lru")
+    assert slots.choose(empty=True) == 0
+    slots.occupy(0, alone=True)
+    assert slots.choose() is None
+    slots.release(0)
+    slots.occupy(0)
+    assert slots.choose() == 0
+    assert slots.choose(empty=True) is None
+
+
+def test_a_lost_batch_comes_back_in_halves_before_all_others():
+    """Bisecting goes deep first, so that a batch that fails whole is found out early."""
+    queue = CallQueue(max_rows=4, max_chars=1000, workers=1)
+    queue.put(GREEDY, calls("x"))
+    queue.put_back(calls("a", "b", "c"))
+    assert queue.again
+    assert [taken(queue), taken(queue), taken(queue)] == [["a", "b"], ["c"], ["x"]]
 
 
 def test_an_unknown_policy_names_the_nearest():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -76,9 +77,8 @@ class Database:
         self.put("clf", Labels())
         self.functions.catch_up(self.raw, 0)
 
-    def put(self, name: str, pool: ScriptedPool, defaults: CallOptions | None = None) -> None:
-        defaults = defaults or CallOptions()
-        replaced = self.functions.put(name, Gateway(pool, defaults), defaults)
+    def put(self, name: str, pool: ScriptedPool) -> None:
+        replaced = self.functions.put(name, Gateway(pool))
         if replaced:
             replaced.close()
 
@@ -199,6 +199,7 @@ def test_options_may_come_from_columns(db: Database):
         ("stop := ''", "stop must be a text or a list of texts"),
         ("seed := -4", "seed must be a whole number"),
         ("system := 5", "system must be a text"),
+        ("max_tokens := 'inf'", "max_tokens must be a whole number"),
     ],
 )
 def test_a_wrong_option_value_is_said_clearly(db: Database, call: str, message: str):
@@ -227,8 +228,8 @@ def test_a_greedy_call_runs_once_and_a_sampled_one_for_every_row(db: Database):
 
 def test_a_sampled_default_is_sampled_too(db: Database):
     """A model deployed with a temperature draws for every row without saying so in the call."""
-    pool = Echo()
-    db.put("chat", pool, CallOptions(temperature=0.5))
+    pool = Echo(defaults=CallOptions(temperature=0.5))
+    db.put("chat", pool)
     db.functions.catch_up(db.raw, 1)
     db.rows("SELECT chat('q') FROM range(10)")
     assert len(pool.prompts) == 10
@@ -354,10 +355,10 @@ def test_a_redeployed_model_takes_over_in_the_middle_of_a_query(db: Database):
             exchanged.append(True)
             with ThreadPoolExecutor(1) as thread:
                 new = Gateway(ScriptedPool())
-                thread.submit(db.functions.put, "chat", new, CallOptions()).result()
+                thread.submit(db.functions.put, "chat", new).result()
 
     old = Gateway(ScriptedPool(script))
-    db.functions.put("chat", old, CallOptions()).close()
+    db.functions.put("chat", old).close()
     rows = db.rows("SELECT chat('p' || i) FROM range(10000) r(i)")
     assert sorted(rows) == sorted((f"P{i}",) for i in range(10000))
     old.close()
@@ -370,14 +371,91 @@ def test_a_model_of_another_kind_takes_over(db: Database):
     assert db.one("chat('abc')") == (3.0, 1.0, 0.0)
 
 
-def test_a_removed_function_is_gone(db: Database):
-    """After removal the name is unknown to DuckDB, on every cursor."""
-    seen = db.functions.version
+def test_a_removed_model_is_said_on_every_cursor(db: Database):
+    """After removal a call says that there is no model, on our cursors and on others; deploying again mends it."""
     db.functions.remove("chat").close()
-    db.functions.catch_up(db.raw, seen)
     for cursor in (db.raw, db.raw.cursor()):
-        with pytest.raises(duckdb.CatalogException, match="chat does not exist"):
+        with pytest.raises(duckdb.Error, match='no model behind "chat"'):
             cursor.execute("SELECT chat('x')")
+    db.put("chat", Echo())
+    for cursor in (db.raw, db.raw.cursor()):
+        assert cursor.execute("SELECT chat('x')").fetchone() == ("X",)
+
+
+def test_removing_a_model_under_a_running_query_ends_it_with_an_error(db: Database):
+    """The query that loses its model ends with one error; the process lives."""
+    begun = threading.Event()
+    pool = ScriptedPool(lambda _: begun.set(), max_batch_rows=100)
+    db.put("chat", pool)
+
+    def run() -> None:
+        with db.raw.cursor() as cursor:
+            cursor.execute("SELECT sum(length(chat('p' || i))) FROM range(3000000) r(i)").fetchall()
+
+    with ThreadPoolExecutor(1) as threads:
+        query = threads.submit(run)
+        assert begun.wait(10)
+        db.functions.remove("chat").close()
+        with pytest.raises(duckdb.Error, match="no model behind"):
+            query.result(timeout=30)
+
+
+def test_new_defaults_reach_queries_that_run(db: Database):
+    """Deploying with other generation defaults is no reason for a running query to fail."""
+    exchanged: list[bool] = []
+
+    def script(batch: Batch) -> None:
+        if not exchanged:
+            exchanged.append(True)
+            gateway = Gateway(ScriptedPool(defaults=CallOptions(max_tokens=3)))
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(db.functions.put, "chat", gateway).result()
+
+    old = Gateway(ScriptedPool(script))
+    db.functions.put("chat", old).close()
+    assert len(db.rows("SELECT chat('p' || i) FROM range(10000) r(i)")) == 10000
+    old.close()
+
+
+def test_two_sessions_share_a_database():
+    """A second session on the same database has functions of its own under the same names."""
+    one = Database()
+    statements = StatementTable()
+    other = FunctionCatalog(one.raw.cursor(), statements)
+    other.put("chat", Gateway(ScriptedPool()))
+    cursor = one.raw.cursor()
+    other.catch_up(cursor, 0)
+    assert cursor.execute("SELECT chat('a'), llm_prompt('{0}', ['x'])").fetchone() == ("A", "x")
+    for gateway in other.gateways().values():
+        gateway.close()
+    cursor.close()
+    other._admin.close()
+    assert one.one("chat('b')") == "B"
+    one.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("chat_row([{'role': 'user', 'content': 'x'}, NULL])", "bad_messages"),
+        ("chat_row([{'role': 'user', 'content': NULL}])", "bad_messages"),
+        ("chat_row(llm_param(MAP {'question': 'no instruction'}))", "bad_request"),
+        ("chat_row(llm_param({'instruction': 'q', 'history': 'x'}))", "bad_request"),
+        ("chat_row(llm_param({'instruction': 'q', 'history': 5}))", "bad_request"),
+    ],
+)
+def test_odd_prompts_are_errors_of_their_row(db: Database, call: str, code: str):
+    """What cannot be a prompt spoils one row, with a code."""
+    assert db.one(f"{call}.error").startswith(code)
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [("chat([{'a': 1}])", "[{'A': 1}]"), ("chat(llm_param(NULL))", None), ("chat({'content': 1})", "{'CONTENT': 1}")],
+)
+def test_odd_values_are_texts(db: Database, call: str, answer: str | None):
+    """A list or struct that is no list of messages is cast to text like any value; a NULL request is NULL."""
+    assert db.one(call) == answer
 
 
 def test_two_databases_know_nothing_of_each_other():
@@ -392,12 +470,11 @@ def test_two_databases_know_nothing_of_each_other():
 def test_a_million_rows_pass_in_constant_memory(db: Database):
     """Rows go through in chunks; what is remembered is bounded."""
     pool = ScriptedPool(max_batch_rows=2048)
-    replaced = db.functions.put("chat", Gateway(pool, memory_bytes=1_000_000), CallOptions())
+    replaced = db.functions.put("chat", Gateway(pool, memory_bytes=1_000_000))
     replaced.close()
     rows = db.rows("SELECT count(chat(i)), min(length(chat(i))) FROM range(200000) r(i)")
     assert rows == [(200_000, 1)]
-    lanes = db.functions.gateways()["chat"]._memory._lanes
-    assert sum(map(len, lanes.values())) < 5000
+    assert len(db.functions.gateways()["chat"]._memory) < 5000
 
 
 BYZER = [
