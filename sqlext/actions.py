@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from runtime import cluster, engines
 from runtime.errors import UserError, did_you_mean
 from sqlext import models, options, sources
 from sqlext.deploy import infer
@@ -36,9 +37,9 @@ def _carried_out(statement: Statement, connection: Connection) -> pa.Table | Non
         case SetVariable():
             _set_variable(statement, connection)
         case Load():
-            sources.load(statement, connection.raw, connection.session.variables)
+            sources.load(statement, connection)
         case Save():
-            sources.save(statement, connection.raw)
+            sources.save(statement, connection)
         case Setup():
             _setup(statement, connection)
         case Run():
@@ -57,7 +58,8 @@ def _set_variable(statement: SetVariable, connection: Connection) -> None:
     if statement.name.lower() == "dialect":
         set_dialect(connection, statement.value)
     elif statement.kind == "sql":
-        row = connection.raw.execute(statement.value).fetchone()
+        with connection.own_sql() as execute:
+            row = execute(statement.value).fetchone()
         session.variables[statement.name] = "" if row is None or row[0] is None else str(row[0])
     elif statement.kind == "text" or statement.name not in session.variables:
         session.variables[statement.name] = statement.value
@@ -83,6 +85,7 @@ def _setup(statement: Setup, connection: Connection) -> None:
     session = connection.session
     resolved = options.resolve(statement.settings, "setup")
     options.require_available(statement.settings, "setup")
+    engines.require(str(resolved.values.get("infer_backend", "transformers")))
     base = options.defaults(statement.preset) if statement.preset else session.settings
     session.settings = {**base, **resolved.values}
     for notice in resolved.notices:
@@ -95,9 +98,21 @@ def _run(statement: Run, connection: Connection) -> pa.Table:
         raise _not_available(statement.algorithm)
     action = next((str(o.value) for o in statement.options if o.key.lower() == "action"), options.DEFAULT_ACTION)
     known = options.action(action, statement)
+    options.resolve(statement.options, known.name)  # a misspelt option is the likelier mistake
     if not known.available:
         raise _not_available(f'The action "{known.name}"')
-    table = infer(statement, session, session.on_deploy)
+    if statement.input_table.lower() != "command":
+        raise UserError(
+            f"infer takes no table, and {statement.input_table} would not be read.",
+            code="input_table",
+            hint="Write RUN command AS LLM.",
+        )
+
+    def progress(event: cluster.DeployProgress) -> None:
+        connection.check_stopped()
+        session.on_deploy(event)
+
+    table = infer(statement, session, progress)
     if statement.result:
         sources.keep(connection.raw, statement.result, table)
     return table
@@ -130,9 +145,9 @@ _VERBS: dict[str, Callable[..., pa.Table]] = {
 
 
 def _not_available(what: str) -> UserError:
-    actions = [action.name for action in options.ACTIONS if action.available]
+    actions = " and ".join(action.name for action in options.ACTIONS if action.available)
     return UserError(
         f"{what} is not available in this version.",
         code="not_available",
-        hint=f"Available: the actions {', '.join(actions)}, and !llm setup, {', '.join(_VERBS)}.",
+        hint=f"Available: the action {actions}, and !llm setup, {', '.join(_VERBS)}.",
     )

@@ -7,14 +7,15 @@ before a command needs it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import click
 
-from runtime.errors import Cancelled, DeployError, SqlextError, UserError
+from runtime.errors import Cancelled, DeployError, SqlextError, UserError, did_you_mean
 from sqlext import __version__
 
 
@@ -23,22 +24,43 @@ class ExitCode(IntEnum):
 
     OK = 0
     FAILED = 1  # a statement failed: DuckDB's error, or a model that stopped answering
-    USAGE = 2  # something to correct: the command line, a statement of ours, an option
+    USAGE = 2  # something to correct: the command line, a statement of ours, an option, a checkpoint
     DEPLOY = 3  # a model did not come up
     CANCELLED = 130  # Ctrl-C
 
 
-@click.group(invoke_without_command=True)
+class _Commands(click.Group):
+    """The commands; a script in place of one is told where it belongs."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            near = did_you_mean(args[0], self.commands)
+            hint = f"sqlext {near}" if near else f"sqlext run {args[0]}"
+            raise UserError(f"There is no command {args[0]}.", code="usage", hint=f"Write {hint}.") from None
+
+
+def _script_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of everything that runs SQL."""
+    for option in (
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print each result row as a JSON object on its own line."
+        ),
+        click.option("--dialect", help="duckdb (the default), or spark to translate from it."),
+        click.option("--set", "variables", multiple=True, metavar="K=V", help="Give ${K} the value V."),
+        click.option("--db", help="DuckDB database file; in memory when not given."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_Commands, invoke_without_command=True)
 @click.version_option(__version__, prog_name="sqlext")
 @click.option("-c", "--command", help="Run this SQL.")
-@click.option("--db", default=":memory:", show_default=True, help="DuckDB database file.")
-@click.option("--set", "variables", multiple=True, metavar="K=V", help="Give ${K} the value V.")
-@click.option("--dialect", default="duckdb", show_default=True, help="duckdb, or spark to translate from it.")
-@click.option("--json", "as_json", is_flag=True, help="Print each result row as a JSON object on its own line.")
+@_script_options
 @click.pass_context
-def cli(
-    context: click.Context, command: str | None, db: str, variables: Sequence[str], dialect: str, as_json: bool
-) -> None:
+def cli(context: click.Context, /, command: str | None, **said: Any) -> None:
     """SQL that runs the whole life of a language model on DuckDB.
 
     Without a command, SQL is read from -c or from stdin.
@@ -49,19 +71,20 @@ def cli(
         click.echo(context.get_help())
         return
     scripts = [(None, command)] if command is not None else [("stdin", sys.stdin.read())]
-    _run(scripts, db, variables, dialect, as_json)
+    _run(scripts, **said)
 
 
 @cli.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE…")
-@click.option("--db", default=":memory:", show_default=True, help="DuckDB database file.")
-@click.option("--set", "variables", multiple=True, metavar="K=V", help="Give ${K} the value V.")
-@click.option("--dialect", default="duckdb", show_default=True, help="duckdb, or spark to translate from it.")
-@click.option("--json", "as_json", is_flag=True, help="Print each result row as a JSON object on its own line.")
-def run(files: Sequence[str], db: str, variables: Sequence[str], dialect: str, as_json: bool) -> None:
+@_script_options
+@click.pass_context
+def run(context: click.Context, /, files: Sequence[str], **said: Any) -> None:
     """Run SQL scripts, one after the other in one session; - is stdin."""
-    scripts = [(name, _read(name)) for name in files]
-    _run(scripts, db, variables, dialect, as_json)
+    before = context.parent.params if context.parent else {}  # given before the word `run`
+    said = {name: value or before.get(name) for name, value in said.items()} | {
+        "variables": (*before.get("variables", ()), *said["variables"])
+    }
+    _run([(name, _read(name)) for name in files], **said)
 
 
 @cli.command()
@@ -82,21 +105,30 @@ def main() -> None:
 
 
 def _run(
-    scripts: Sequence[tuple[str | None, str]], db: str, variables: Sequence[str], dialect: str, as_json: bool
+    scripts: Sequence[tuple[str | None, str]],
+    db: str | None,
+    variables: Sequence[str],
+    dialect: str | None,
+    as_json: bool,
 ) -> None:
     from sqlext import actions, connect, render
     from sqlext.progress import Progress
 
     said = dict(_variable(text) for text in variables)
-    with connect(db) as connection, Progress(connection) as progress:
+    with connect(db or ":memory:") as connection, Progress(connection) as progress:
         connection.session.variables.update(said)
-        actions.set_dialect(connection, dialect)
-        for name, text in scripts:
-            for _ in connection.run(text, file=name):
-                if connection.has_rows:
-                    table = connection.fetch_arrow_table()
-                    progress.pause()
-                    render.show(connection.raw, table, as_json)
+        actions.set_dialect(connection, dialect or "duckdb")
+        try:
+            for name, text in scripts:
+                for _ in connection.run(text, file=name):
+                    if connection.has_rows:
+                        table = connection.fetch_arrow_table()
+                        progress.pause()
+                        render.show(connection.raw, table, as_json)
+        except (KeyboardInterrupt, Cancelled):
+            progress.pause()
+            print("cancelled", file=sys.stderr)  # at once: ending the workers takes a moment
+            raise
 
 
 def _variable(text: str) -> tuple[str, str]:
@@ -122,14 +154,14 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except click.exceptions.Abort:
-        _leave("cancelled", ExitCode.CANCELLED)
+        sys.exit(ExitCode.CANCELLED)
     except click.ClickException as error:
         error.show()
         sys.exit(ExitCode.USAGE)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, Cancelled):
-        _leave("cancelled", ExitCode.CANCELLED)
+        sys.exit(ExitCode.CANCELLED)
     except DeployError as error:
         _leave(f"error: {error}", ExitCode.DEPLOY)
     except UserError as error:
@@ -144,7 +176,8 @@ def _exit_codes() -> Iterator[None]:
 
         if not isinstance(error, duckdb.Error):
             raise
-        _leave(f"error: {error}", ExitCode.FAILED)
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        _leave(f"error: {error}{notes}", ExitCode.FAILED)
 
 
 def _leave(text: str, code: ExitCode) -> None:

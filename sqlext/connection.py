@@ -5,11 +5,14 @@ Every statement passes `execute`: ours are carried out here, all others reach Du
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -26,6 +29,20 @@ from sqlext.parser import parse
 from sqlext.session import Session
 from udfs.context import VARIABLE
 from udfs.signatures import quote
+
+_OWN_RESULT = "sqlext_own_result"  # on a cursor that no user's table can be seen on
+_NOTHING = pa.table({"nothing": pa.array([], pa.int8())})
+
+_open: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """DuckDB does not survive the end of Python with results half read and functions registered."""
+    for connection in list(_open):
+        with suppress(Exception):
+            connection.close()
+
 
 # Methods of DuckDB's that read the last result: a part of it, or all, which ends the statement.
 _PART_READERS = ("fetchone", "fetchmany", "fetch_df_chunk", "to_arrow_reader")
@@ -44,8 +61,8 @@ def connect(database: str | os.PathLike[str] = ":memory:", **options: Any) -> Co
 
 
 def attach(raw: duckdb.DuckDBPyConnection) -> Connection:
-    """Put the language on top of an existing DuckDB connection, which stays usable by itself."""
-    return Connection(raw.cursor(), Session(raw), owns_session=True)
+    """Put the language on top of an existing DuckDB connection: `raw` itself is used, and stays open at `close`."""
+    return Connection(raw, Session(raw), owns_session=True, owns_raw=False)
 
 
 class Connection:
@@ -60,18 +77,29 @@ class Connection:
         has_rows: the last statement answered with rows; a bare count of changed rows does not count.
     """
 
-    def __init__(self, raw: duckdb.DuckDBPyConnection, session: Session, *, owns_session: bool = False) -> None:
+    def __init__(
+        self,
+        raw: duckdb.DuckDBPyConnection,
+        session: Session,
+        *,
+        owns_session: bool = False,
+        owns_raw: bool = True,
+    ) -> None:
         self.raw = raw
         self.session = session
         self.running: RunningStatement | None = None
         self.has_rows = False
         self._owns_session = owns_session
+        self._owns_raw = owns_raw
+        self._stopped = threading.Event()
         self._functions_seen = 0
         self._result: Any = raw
         self._own_results = raw.cursor()
         self._named_results = NamedResults()
         self._interruptible = Interruptible(self.interrupt)
+        self._own_results.register(_OWN_RESULT, _NOTHING)
         raw.register("llm_errors", sources.LiveTable(session.errors_table))
+        _open.add(self)
 
     # -- running -------------------------------------------------------------------------------------------
 
@@ -102,10 +130,15 @@ class Connection:
         for chunk in chunks:
             statement = parse(chunk, self.session.variables, duckdb_settings=settings)
             self._finish()
-            if isinstance(statement, statements.Sql):
-                self._execute_sql(statement, parameters if chunk is chunks[-1] else None, frame)
-            else:
-                self._show(self._interruptible.run(functools.partial(actions.carry_out, statement, self)))
+            self._stopped.clear()
+            try:
+                if isinstance(statement, statements.Sql):
+                    self._execute_sql(statement, parameters if chunk is chunks[-1] else None, frame)
+                else:
+                    self._show(self._interruptible.run(functools.partial(actions.carry_out, statement, self)))
+            except duckdb.Error as error:
+                error.add_note(f"in the statement at {chunk.place}")
+                raise
             yield statement
 
     def sql(self, text: str, params: Any = None) -> duckdb.DuckDBPyRelation | None:
@@ -131,19 +164,39 @@ class Connection:
 
     def interrupt(self) -> None:
         """Stop what runs on this connection; may be called from any thread."""
+        self._stopped.set()
         if self.running:
             self.running.cancel()
         self.raw.interrupt()
 
+    def check_stopped(self) -> None:
+        """For work of ours that takes long.
+
+        Raises:
+            Cancelled: `interrupt` was called since the statement began.
+        """
+        if self._stopped.is_set():
+            raise Cancelled("The statement was cancelled.")
+
+    def rollback(self) -> Connection:
+        """Roll the transaction back, and with it macros that were made inside it: they are made again."""
+        self.raw.rollback()
+        self._functions_seen = 0
+        return self
+
     def close(self) -> None:
         """Close this cursor; the connection that `connect` or `attach` made also ends the session."""
+        if self not in _open:
+            return
+        _open.discard(self)
         self._finish()
         self._interruptible.close()
         if self._owns_session:
             self.session.close()
         self._result = None
         self._own_results.close()
-        self.raw.close()
+        if self._owns_raw:
+            self.raw.close()
 
     def __enter__(self) -> Connection:
         return self
@@ -186,27 +239,33 @@ class Connection:
 
     def _show(self, table: pa.Table | None) -> None:
         self.has_rows = table is not None
-        # On a cursor of its own, as an unread result would keep `raw` busy. DuckDB finds `table` by its name.
-        self._result = None if table is None else self._own_results.execute('FROM "table"')
+        if table is None:
+            self._result = None
+            return
+        # On a cursor of its own: an unread result would keep `raw` busy.
+        self._own_results.execute("SELECT 1").fetchall()
+        self._own_results.register(_OWN_RESULT, table)
+        self._result = self._own_results.execute(f"FROM {_OWN_RESULT}")
 
     # -- DuckDB's statements -------------------------------------------------------------------------------
 
     def _execute_sql(self, statement: statements.Sql, parameters: Any, frame: FrameType | None) -> None:
         text = from_spark(statement.text, statement.place) if self.session.dialect == "spark" else statement.text
-        query, table = self._named_results.take(text, self._parses)
-        self._begin(text)
+        query, name = self._named_results.take(text, self._parses)
+        self._begin()
         self._result = self.raw
         try:
             self._named_results.run(
                 lambda: self._guarded(lambda: call_from(frame, self.raw.execute, query, parameters)),
-                lambda sql: self._guarded(lambda: self.raw.execute(sql)),
+                lambda missing, sql: sources.put_table(self._execute_guarded, missing, sql),
             )
-            if table:
-                self.raw.execute(f"FROM {quote(table)}")
+            if name:
+                sources.put_staged(self._execute_guarded, name)
+                self.raw.execute(f"FROM {quote(name)}")
         except BaseException:
             self._finish()
             raise
-        streams = bool(table) or self._answers_with_rows(query)
+        streams = bool(name) or self._answers_with_rows(query)
         names = [column[0] for column in self.raw.description or ()]
         self.has_rows = streams or names not in ([], ["Count"], ["Success"])
         if not streams:
@@ -214,7 +273,19 @@ class Connection:
         if text.lower().startswith(("rollback", "abort")):  # with it went macros made inside the transaction
             self._functions_seen = 0
 
-    def _begin(self, text: str) -> None:
+    @contextmanager
+    def own_sql(self) -> Iterator[Callable[[str], Any]]:
+        """For statements of ours that run SQL: gives an `execute` under which all holds that holds for queries."""
+        self._begin()
+        try:
+            yield self._execute_guarded
+        finally:
+            self._finish()
+
+    def _execute_guarded(self, text: str) -> Any:
+        return self._guarded(lambda: self.raw.execute(text))
+
+    def _begin(self) -> None:
         """Before a statement: this cursor's macros are those of the session, and chunks will find the statement."""
         self.running = self.session.new_statement()
         key = self.session.statements.add(self.running)
@@ -231,7 +302,8 @@ class Connection:
         if running.failed and running.failed_rows:
             first = running.failed_rows[0]
             self.session.notify(
-                f"{running.failed} rows failed and are NULL. The first: {first.code}: {first.message}\n"
+                f"{running.failed} {'rows' if running.failed > 1 else 'row'} failed, with NULL for an answer. "
+                f"The first: {first.code}: {first.message}\n"
                 "hint: SELECT * FROM llm_errors; lists them."
             )
 
@@ -253,8 +325,8 @@ class Connection:
         try:
             return self._interruptible.run(work)
         except duckdb.Error:
-            if running and running.cancelled:
-                raise Cancelled("The statement was cancelled.") from None
             if running and running.failure:
                 raise running.failure from None
+            if running and running.cancelled:
+                raise Cancelled("The statement was cancelled.") from None
             raise

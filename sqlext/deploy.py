@@ -28,7 +28,7 @@ from udfs.signatures import sql_type
 _ENGINES = {Task.GENERATE: "transformers", Task.EMBED: "embeddings", Task.CLASSIFY: "classification"}
 
 
-def infer(run: Run, session: Session, progress: Callable[[cluster.DeployProgress], None] | None = None) -> pa.Table:
+def infer(run: Run, session: Session, progress: Callable[[cluster.DeployProgress], None]) -> pa.Table:
     """Deploy a model, or reconnect to one, and register its functions; one row that tells what was done.
 
     Raises:
@@ -40,7 +40,7 @@ def infer(run: Run, session: Session, progress: Callable[[cluster.DeployProgress
     options.require_available(run.options, "infer")
     for notice in said.notices:
         session.notify(notice)
-    name = _function_name(str(said.values.get("udfName") or ""), session)
+    name = _function_name(str(said.values.get("udfName") or "").lower(), session)
     started = time.monotonic()
     cluster.connect(session.settings["ray_address"])
     if said.values.get("reconnect"):
@@ -48,7 +48,12 @@ def infer(run: Run, session: Session, progress: Callable[[cluster.DeployProgress
     else:
         spec = model_spec(name, task, said.values, run, session.settings)
         pool = cluster.deploy(spec, pool_spec(session.settings), progress=progress)
-    replaced = session.functions.put(name, Gateway(pool))
+    try:
+        replaced = session.functions.put(name, Gateway(pool))
+    except BaseException:
+        if not said.values.get("reconnect"):
+            cluster.retire(pool)
+        raise
     if replaced:
         replaced.close()
     if not said.values.get("reconnect"):
@@ -110,9 +115,9 @@ def _function_name(name: str, session: Session) -> str:
             code="option_value",
             hint="Use letters, digits and underscores, beginning with a letter; at most 63.",
         )
-    if session.is_duckdb_function(name):
+    if session.is_taken(name):
         raise UserError(
-            f'"{name}" is already a function of DuckDB.',
+            f'"{name}" is already a function, or a word of SQL.',
             code="option_value",
             hint=f'Choose another udfName, for example "{name}_llm".',
         )

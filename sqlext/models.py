@@ -42,7 +42,7 @@ def status(connection: Connection, name: str | None = None) -> pa.Table:
     rows = [
         _worker_row(info, index, worker)
         for info in _deployments(connection)
-        if name is None or info.name == name
+        if name is None or info.name == name.lower()
         for index, worker in enumerate(info.workers)
     ]
     return pa.Table.from_pylist(rows, _STATUS)
@@ -51,12 +51,13 @@ def status(connection: Connection, name: str | None = None) -> pa.Table:
 def exists(connection: Connection, name: str) -> pa.Table:
     """One row with a boolean: whether `name` is deployed on the cluster."""
     _connect(connection)
-    return pa.table({"value": [cluster.exists(name)]})
+    return pa.table({"value": [cluster.exists(name.lower())]})
 
 
 def remove(connection: Connection, name: str) -> pa.Table:
     """Unregister and undeploy `name`; one row with a boolean: whether there was one."""
     _connect(connection)
+    name = name.lower()  # SQL does not mind the case of a function's name
     gateway = connection.session.functions.remove(name)
     if gateway:
         gateway.close()

@@ -14,7 +14,7 @@ from functools import partial
 import duckdb
 
 from sqlext.parser import trailing_name
-from sqlext.sources import create_table
+from sqlext.sources import stage
 
 
 class NamedResults:
@@ -24,7 +24,7 @@ class NamedResults:
         self._remembered: dict[str, str] = {}
 
     def take(self, text: str, parses: Callable[[str], bool]) -> tuple[str, str | None]:
-        """What to run for `text`, and the table that then holds its result (None: the result is its own).
+        """What to run for `text`, and the name that its staged result is then to have (None: it has none).
 
         Args:
             parses: whether DuckDB can read a text.
@@ -39,10 +39,10 @@ class NamedResults:
         if not parses(query):
             return text, None
         self._remembered.pop(name.lower(), None)
-        return create_table(name, query), name
+        return stage(query), name
 
-    def run(self, work: Callable[[], object], execute: Callable[[str], object]) -> None:
-        """Do `work`; a table it misses that was remembered is made with `execute`, and the work done again.
+    def run(self, work: Callable[[], object], make: Callable[[str, str], object]) -> None:
+        """Do `work`; a table it misses that was remembered is made by `make(name, query)`, and the work done again.
 
         DuckDB finds a missing table before it does anything, so nothing is done twice.
         """
@@ -55,7 +55,7 @@ class NamedResults:
                 query = self._remembered.pop(name, None)
                 if query is None:
                     raise
-                self.run(partial(execute, create_table(name, query)), execute)
+                self.run(partial(make, name, query), make)
 
 
 def _missing_table(message: str) -> str:

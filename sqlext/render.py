@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,12 +22,27 @@ def show(raw: duckdb.DuckDBPyConnection, rows: pa.Table, as_json: bool) -> None:
         as_json: each row as a JSON object on its own line, instead of a box.
     """
     if as_json:
-        lines = raw.execute("SELECT to_json(rows)::VARCHAR FROM rows")  # DuckDB finds the variable by its name
-        while batch := lines.fetchmany(1024):
-            sys.stdout.writelines(f"{line}\n" for (line,) in batch)
+        _write_json(raw, rows)
+    elif rows.column_names == ["explain_key", "explain_value"]:
+        print(*rows["explain_value"].to_pylist(), sep="\n")
     elif rows.num_columns:
         raw.from_arrow(rows).show(max_width=shutil.get_terminal_size((120, 24)).columns, max_rows=MAX_ROWS)
     sys.stdout.flush()
+
+
+def _write_json(raw: duckdb.DuckDBPyConnection, rows: pa.Table) -> None:
+    with raw.cursor() as cursor:  # where no name of the user's can be meant by ours
+        cursor.register("sqlext_rows", rows)
+        lines = cursor.execute("SELECT to_json(sqlext_row)::VARCHAR FROM sqlext_rows AS sqlext_row")
+        while batch := lines.fetchmany(1024):
+            sys.stdout.writelines(f"{_strict(line)}\n" for (line,) in batch)
+
+
+def _strict(line: str) -> str:
+    """A line of DuckDB's JSON with null for NaN and Infinity, which JSON does not have."""
+    if "NaN" not in line and "Infinity" not in line:
+        return line
+    return json.dumps(json.loads(line, parse_constant=lambda _: None), ensure_ascii=False, separators=(",", ":"))
 
 
 def table(findings: Sequence[Any]) -> pa.Table:

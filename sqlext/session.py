@@ -20,7 +20,7 @@ import pyarrow as pa
 from runtime.gateway import FailedRow, Statement, Usage
 from sqlext import options
 from udfs.context import StatementTable
-from udfs.register import FunctionCatalog
+from udfs.register import HELPER_NAMES, FunctionCatalog
 
 _ERRORS = pa.schema(
     [("statement", pa.int64()), *((name, pa.string()) for name in ("model", "input_key", "code", "message"))]
@@ -55,7 +55,7 @@ class Session:
         self.variables: dict[str, str] = {}
         self.dialect = "duckdb"
         self.notify: Callable[[str], None] = _to_stderr
-        self.on_deploy: Callable[[Any], None] | None = None
+        self.on_deploy: Callable[[Any], None] = _ignore
         self.history: deque[Statement] = deque(maxlen=HISTORY)
         self.duckdb_settings = DuckdbSettings(self._admin)
         self._lock = threading.Lock()
@@ -91,15 +91,20 @@ class Session:
         with self._lock:
             return [*self.history, *self.statements.running(), self.statements.default]
 
-    def is_duckdb_function(self, name: str) -> bool:
-        """Whether `name` is a function that DuckDB has without us."""
-        query = "SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = lower(?) LIMIT 1"
-        known = self._admin.execute(query, [name]).fetchone() is not None
-        return known and not self.functions.owns(name)
+    def is_taken(self, name: str) -> bool:
+        """Whether `name` is a function or a reserved word of DuckDB's, one of our helpers, or a `_row` form."""
+        models = self.functions.gateways()
+        if name in HELPER_NAMES or name.removesuffix("_row") in models or f"{name}_row" in models:
+            return name not in models
+        query = """
+            SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = $1 AND NOT $2
+            UNION ALL SELECT 1 FROM duckdb_keywords() WHERE keyword_name = $1 AND keyword_category <> 'unreserved'
+        """
+        return self._admin.execute(query, [name, self.functions.owns(name)]).fetchone() is not None
 
     def close(self) -> None:
         """Drop the functions and the handles to their workers. The models stay deployed on a cluster of others."""
-        for statement in self.statements.running():
+        for statement in (*self.statements.running(), self.statements.default):
             statement.cancel()
         gateways = self.functions.gateways()
         with suppress(duckdb.Error):  # the database may have been closed before us
@@ -125,6 +130,10 @@ class DuckdbSettings:
             except duckdb.Error as error:
                 self._known[name] = "unrecognized configuration parameter" not in str(error)
         return self._known[name]
+
+
+def _ignore(event: Any) -> None:
+    pass
 
 
 def _to_stderr(text: str) -> None:

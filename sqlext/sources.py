@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import io
+import json
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import duckdb
 import pyarrow as pa
-from pyarrow import json
+import pyarrow.json
 
 from runtime.errors import UserError, did_you_mean
 from sqlext.statements import Load, Option, Save
 from udfs.signatures import quote
 
+if TYPE_CHECKING:
+    from sqlext.connection import Connection
+
+Execute: TypeAlias = Callable[[str], Any]
+"""Runs a statement of SQL on the user's cursor."""
+
 _READERS = {"json": "read_json", "csv": "read_csv", "parquet": "read_parquet", "excel": "read_xlsx"}
 _WRITERS = {"json": "JSON", "csv": "CSV", "parquet": "PARQUET", "excel": "XLSX"}
 # Options of Spark's readers and writers that DuckDB knows by another name, or does by itself.
+_STAGED = "sqlext_staged"
+_ROWS = "sqlext_rows"
 _RENAMED = {"inferschema": None, "sep": "delim", "delimiter": "delim", "charset": "encoding"}
 
 
@@ -38,28 +48,49 @@ def literal(value: Any) -> str:
     return "'" + value.replace("'", "''") + "'"
 
 
-def create_table(name: str, query: str) -> str:
-    """The statement that keeps the result of `query` as the temporary table `name`."""
-    return f"CREATE OR REPLACE TEMP TABLE {quote(name)} AS {query}"
+def stage(query: str) -> str:
+    """The statement that computes `query` into a temporary table without a name of the user's."""
+    return f"CREATE OR REPLACE TEMP TABLE {_STAGED} AS {query}"
+
+
+def put_staged(execute: Execute, name: str, staged: str = "TABLE") -> None:
+    """Give the staged table or view the name `name`, in place of the temporary table or view that had it."""
+    for kind in ("VIEW", "TABLE"):
+        catalog, column = f"duckdb_{kind.lower()}s()", f"{kind.lower()}_name"
+        found = f"SELECT 1 FROM {catalog} WHERE temporary AND lower({column}) = lower({literal(name)})"
+        if execute(found).fetchall():
+            execute(f"DROP {kind} temp.{quote(name)}")
+    execute(f"ALTER {staged} {_STAGED} RENAME TO {quote(name)}")
+
+
+def put_table(execute: Execute, name: str, query: str) -> None:
+    """Compute `query`, which may read the table that had this name, and keep it as the temporary table `name`."""
+    execute(stage(query))
+    put_staged(execute, name)
 
 
 def keep(raw: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:
     """Keep `rows` as the temporary table `name`."""
-    raw.execute(create_table(name, "FROM rows"))  # DuckDB finds the variable by its name
+    raw.execute("SELECT 1").fetchall()  # an unread result would stand in the way of registering
+    raw.register(_ROWS, rows)
+    try:
+        put_table(raw.execute, name, f"FROM {_ROWS}")
+    finally:
+        raw.unregister(_ROWS)
 
 
-def load(statement: Load, raw: duckdb.DuckDBPyConnection, variables: Mapping[str, str]) -> None:
+def load(statement: Load, connection: Connection) -> None:
     """Carry out `LOAD`: a temporary view over files, or a temporary table from the JSON text in a variable.
 
     Raises:
-        UserError: an unknown format or variable.
-        duckdb.Error: the files cannot be read.
+        UserError: an unknown format or variable, or the files cannot be read.
     """
     if statement.format.lower() == "jsonstr":
-        rows = _json_rows(statement, variables)
-        keep(raw, statement.table, rows)
+        keep(connection.raw, statement.table, _json_rows(statement, connection.session.variables))
         return
-    raw.execute(f"CREATE OR REPLACE TEMP VIEW {quote(statement.table)} AS {_reading(statement)}")
+    with connection.own_sql() as execute, _own_words("LOAD"):
+        execute(f"CREATE OR REPLACE TEMP VIEW {_STAGED} AS {_reading(statement)}")
+        put_staged(execute, statement.table, "VIEW")
 
 
 def _reading(statement: Load) -> str:
@@ -70,7 +101,7 @@ def _reading(statement: Load) -> str:
         if str(options.get("wholetext", "false")).lower() == "true":
             return f"SELECT filename AS file, content AS value FROM read_text({path})"
         return (
-            "SELECT filename AS file, unnest(string_split(rtrim(content, chr(10)), chr(10))) AS value "
+            "SELECT filename AS file, unnest(regexp_split_to_array(rtrim(content, E'\\r\\n'), '\\r?\\n')) AS value "
             f"FROM read_text({path})"
         )
     if form not in _READERS:
@@ -89,17 +120,23 @@ def _json_rows(statement: Load, variables: Mapping[str, str]) -> pa.Table:
             hint=f'Did you mean "{near}"?' if near else f"Write SET {statement.path}='{{…}}'; before it.",
         )
     try:
-        return json.read_json(io.BytesIO(text.encode()))
-    except pa.ArrowInvalid:
-        raise UserError(f'The variable "{statement.path}" is not JSON, one object a line.', code="bad_json") from None
+        if text.lstrip().startswith("["):
+            return pa.Table.from_pylist(json.loads(text))
+        return pyarrow.json.read_json(io.BytesIO(text.encode()))
+    except (pa.ArrowInvalid, ValueError, AttributeError):
+        raise UserError(
+            f'The variable "{statement.path}" is no JSON table.',
+            code="bad_json",
+            hint="It must hold one object a line, or an array of objects.",
+        ) from None
 
 
-def save(statement: Save, raw: duckdb.DuckDBPyConnection) -> None:
+def save(statement: Save, connection: Connection) -> None:
     """Carry out `SAVE` by COPY.
 
     Raises:
-        UserError: an unknown format, or the target exists and the mode says it must not.
-        duckdb.Error: the table does not exist or the files cannot be written.
+        UserError: an unknown format; the target exists and the mode says it must not; the table does not exist or
+            the files cannot be written.
     """
     form = statement.format.lower()
     if form not in _WRITERS:
@@ -120,7 +157,21 @@ def save(statement: Save, raw: duckdb.DuckDBPyConnection) -> None:
         settings += ["OVERWRITE true"] if statement.mode == "overwrite" else []
     if statement.mode == "append":
         settings += ["APPEND true"] if statement.partition_by else ["PER_THREAD_OUTPUT true", "APPEND true"]
-    raw.execute(f"COPY (FROM {quote(statement.table)}) TO {literal(path)} ({', '.join(settings)})")
+    table = ".".join(quote(part) for part in statement.table.split("."))
+    with connection.own_sql() as execute, _own_words("SAVE"):
+        execute(f"COPY (FROM {table}) TO {literal(path)} ({', '.join(settings)})")
+
+
+@contextmanager
+def _own_words(verb: str) -> Iterator[None]:
+    """What DuckDB says of SQL that the user did not write, without that SQL."""
+    try:
+        yield
+    except duckdb.Error as error:
+        cause = str(error).partition("\n")[0]
+        raise UserError(
+            f"{verb} failed: {cause}", code="files", hint="Check the path, the format and the options."
+        ) from None
 
 
 def _options(options: tuple[Option, ...]) -> dict[str, Any]:

@@ -54,6 +54,25 @@ def test_variables_database_and_dialect(tmp_path):
     assert sqlext("--dialect", "spark", "--json", "-c", 'select map("k","v")["k"] as x').stdout == '{"x":"v"}\n'
 
 
+def test_options_may_stand_before_or_behind_the_command(tmp_path):
+    """`sqlext --db x run f` and `sqlext run --db x f` mean the same."""
+    (tmp_path / "a.sql").write_text("CREATE TABLE IF NOT EXISTS t AS SELECT '${v}' AS v; FROM t;")
+    file, script = str(tmp_path / "my.duckdb"), str(tmp_path / "a.sql")
+    assert sqlext("--db", file, "--set", "v=1", "--json", "run", script).stdout == '{"v":"1"}\n'
+    assert sqlext("run", "--db", file, "--set", "v=2", "--json", script).stdout == '{"v":"1"}\n'
+
+
+def test_json_is_json():
+    """NaN and Infinity, which JSON does not have, are null; a user's table of any name stands in no way."""
+    done = sqlext("--json", "-c", "CREATE TABLE sqlext_rows AS SELECT 1 AS i; SELECT 'nan'::DOUBLE AS n, 'NaN' AS t")
+    assert done.stdout == '{"n":null,"t":"NaN"}\n'
+
+
+def test_explain_is_shown_as_duckdb_shows_it():
+    """A plan is printed, not put into a cell."""
+    assert sqlext("-c", "EXPLAIN SELECT 1 AS x FROM range(10)").stdout.startswith("╭")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
@@ -62,6 +81,8 @@ def test_variables_database_and_dialect(tmp_path):
         (["-c", "RUN command AS LLM"], 2, "line 1"),
         (["-c", '!llm setup "num_wrkers=1"'], 2, "num_workers"),
         (["run", "missing.sql"], 2, "missing.sql cannot be read"),
+        (["job.sql"], 2, "sqlext run job.sql"),
+        (["docter"], 2, "sqlext doctor"),
         (["run"], 2, "FILE"),
         (["--nonsense"], 2, "nonsense"),
         (["--set", "x", "-c", "SELECT 1"], 2, "--set name=value"),
@@ -85,6 +106,13 @@ def test_errors_name_the_file_and_the_line(tmp_path):
     assert done.returncode == 2
     assert f"{script}: line 2" in done.stderr
     assert "^" in done.stderr
+
+
+def test_duckdbs_errors_name_the_file_and_the_line(tmp_path):
+    """DuckDB's own error of a statement in a script is told with the statement's place."""
+    script = tmp_path / "job.sql"
+    script.write_text("SELECT 1;\n\nSELECT *\nFROM nosuch;\n")
+    assert f"in the statement at {script}: line 3, column 1" in sqlext("run", str(script)).stderr
 
 
 def test_a_model_that_does_not_come_up_is_exit_code_3():

@@ -190,6 +190,61 @@ def test_an_unread_result_blocks_nothing(db):
         assert db.sql("FROM t").fetchall() == [(1,)]
 
 
+def test_a_users_table_never_stands_in_for_our_results(db):
+    """Whatever a table is called, our statements show their own rows, also without replacement scans."""
+    db.execute('CREATE TABLE "table" AS SELECT 1 AS mine; CREATE TABLE rows AS SELECT 1 AS mine')
+    db.execute("CREATE TABLE sqlext_own_result AS SELECT 1 AS mine; SET python_enable_replacements=false")
+    assert "name" in db.execute("!llm help").df()
+    db.execute("SET rows='{\"a\": 1}'; LOAD jsonStr.`rows` AS inline")
+    assert db.execute("FROM inline").fetchall() == [(1,)]
+
+
+def test_attach_uses_the_connection_itself():
+    """Temporary tables and an open transaction are seen; the connection stays open and has our macros."""
+    raw = duckdb.connect()
+    raw.execute("CREATE TEMP TABLE t AS SELECT 1 AS i; BEGIN; INSERT INTO t VALUES (2)")
+    con = sqlext.attach(raw)
+    assert con.execute("SELECT count(*) FROM t").fetchone() == (2,)
+    con.rollback()
+    assert con.execute("SELECT count(*), llm_prompt('{0}', ['x']) FROM t").fetchone() == (1, "x")
+    con.close()
+    assert raw.execute("SELECT count(*) FROM t").fetchone() == (1,)
+    raw.close()
+
+
+def test_two_connections_to_one_file(tmp_path):
+    """A program may connect to the same file twice, each with a session of its own."""
+    with sqlext.connect(tmp_path / "a.duckdb") as one, sqlext.connect(tmp_path / "a.duckdb") as two:
+        one.execute("CREATE TABLE t AS SELECT 1 AS i; SET x='one'")
+        assert two.execute("SELECT i, '${x}', llm_prompt('{0}', ['p']) FROM t").fetchone() == (1, "${x}", "p")
+
+
+def test_names_of_results_are_given_again_and_again(db, tmp_path):
+    """LOAD … AS q; SELECT … FROM q AS q; and back: each replaces what had the name, as in Byzer."""
+    (tmp_path / "a.json").write_text('{"i": 1}')
+    load = f"LOAD json.`{tmp_path}/a.json` AS q;"
+    for _ in range(2):
+        db.execute(load)
+        db.execute("select i + 1 as j from q where true as q; select j + 1 as k from q where true as q")
+        assert db.execute("FROM q").fetchall() == [(3,)]
+
+
+def test_errors_of_load_and_save_are_placed_and_show_no_sql_of_ours(db, tmp_path):
+    """What cannot be read or written is told with its place in the script."""
+    for script in (f"LOAD json.`{tmp_path}/none.json` AS x", f"SAVE nothing AS parquet.`{tmp_path}/x`"):
+        with pytest.raises(UserError, match="line 2") as caught:
+            db.execute(f"SELECT 1;\n{script}")
+        assert "CREATE" not in str(caught.value)
+        assert "COPY" not in str(caught.value)
+
+
+def test_duckdbs_errors_say_which_statement(db):
+    """An error of DuckDB's carries the place of its statement in the script."""
+    with pytest.raises(duckdb.Error) as caught:
+        db.execute("SELECT 1;\n\nSELECT * FROM nope")
+    assert caught.value.__notes__ == ["in the statement at line 3, column 1"]
+
+
 def test_help_and_settings_answer_as_tables(db):
     """!llm help lists actions and settings; a word narrows it; a wrong word names the nearest."""
     everything = db.execute("!llm help").df()

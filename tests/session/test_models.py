@@ -112,7 +112,7 @@ def test_too_long_a_prompt_is_an_error_of_its_row(con, deploy, checkpoints):
     listed = con.execute("SELECT model, code, message FROM llm_errors").fetchall()
     assert [(model, code) for model, code, _ in listed] == [("chat", "prompt_too_long")]
     assert "long word" not in listed[0][2]
-    assert any("1 rows failed" in notice for notice in con.session.notices)
+    assert any("1 row failed" in notice for notice in con.session.notices)
     con.execute('!llm setup "on_error=fail"')
     with pytest.raises(Fatal, match="A row failed"):
         con.execute("SELECT chat(repeat('long word ', 2001))").fetchall()
@@ -160,7 +160,12 @@ def test_what_cannot_be_placed_or_is_misspelt_is_said_at_once(con, deploy, check
     [
         ('RUN command AS LLM.`{path}` WHERE action="infer"', "udfName"),
         ('RUN command AS LLM.`{path}` WHERE action="infer" AND udfName="1 bad"', "no name for a function"),
-        ('RUN command AS LLM.`{path}` WHERE action="infer" AND udfName="lower"', "already a function of DuckDB"),
+        ('RUN command AS LLM.`{path}` WHERE action="infer" AND udfName="lower"', "already a function"),
+        ('RUN command AS LLM.`{path}` WHERE action="infer" AND udfName="llm_result"', "already a function"),
+        ('RUN command AS LLM.`{path}` WHERE action="infer" AND udfName="select"', "word of SQL"),
+        ('RUN command AS LLM.`{path}` WHERE acton="infer" AND udfName="m"', "action"),
+        ('RUN t AS LLM.`{path}` WHERE action="infer" AND udfName="m"', "takes no table"),
+        ('!llm setup "infer_backend=echoo"', "echo"),
         ('RUN command AS LLM.`` WHERE action="infer" AND udfName="m"', "names no checkpoint"),
         (
             'RUN command AS LLM.`{path}` WHERE action="infer" AND udfName="m" AND pretrainedModelType="custom/lama2"',
@@ -206,9 +211,9 @@ def test_exists_models_status_and_remove_are_true(con, deploy, checkpoints):
     assert con.execute('!llm model remove "emb"').fetchall() == [(True,)]
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert con.execute('!llm model exists "emb"').fetchall() == [(False,)]
-    assert con.execute('!llm model remove "emb"').fetchall() == [(False,)]
-    with pytest.raises(duckdb.CatalogException):
-        con.execute("SELECT emb('a')")
+    assert con.execute('!llm model remove "EMB"').fetchall() == [(False,)]
+    with pytest.raises(Fatal, match='no model behind "emb"'):
+        con.execute("SELECT emb('a')").fetchall()
 
 
 def test_redeploying_swaps_without_a_failing_call(con, deploy, checkpoints):
@@ -247,6 +252,32 @@ def test_redeploying_swaps_without_a_failing_call(con, deploy, checkpoints):
     assert set(counts) == {20}
     assert not set(old) & set(workers("emb"))
     assert not any(psutil.pid_exists(pid) for pid in old)
+
+
+def test_names_that_are_taken_are_refused_before_anything_is_deployed(con, deploy, checkpoints):
+    """A user's macro, and the _row form of a model, keep their names; no worker is left."""
+    con.execute("CREATE MACRO bot(x) AS x")
+    deploy(checkpoints["encoder"], "emb")
+    for name in ("bot", "emb_row"):
+        with pytest.raises(UserError, match="already a function"):
+            deploy(checkpoints["encoder"], name)
+        assert not cluster.exists(name)
+    deploy(checkpoints["encoder"], "EMB")
+    assert con.execute("SELECT Emb('a') IS NOT NULL").fetchone() == (True,)
+
+
+def test_save_and_set_run_like_queries(con, deploy, checkpoints, tmp_path):
+    """A model call inside SAVE or SET … type="sql" has its errors, its usage and its functions, on a new cursor too."""
+    deploy(checkpoints["chat"], "chat")
+    cursor = con.cursor()
+    cursor.execute("SET n='SELECT chat_row(''a'').prompt_tokens' WHERE type=\"sql\"")
+    assert int(con.session.variables["n"]) > 0
+    cursor.execute(f"CREATE VIEW v AS SELECT chat('b', max_tokens := 2) AS a; SAVE v AS json.`{tmp_path}/v.json`")
+    assert (tmp_path / "v.json").exists()
+    con.execute('!llm setup "on_error=fail"')
+    with pytest.raises(Fatal, match="A row failed"):
+        cursor.execute("SET n='SELECT chat(repeat(''long '', 5000))' WHERE type=\"sql\"")
+    cursor.close()
 
 
 def test_a_name_may_become_another_kind_of_model(con, deploy, checkpoints):
