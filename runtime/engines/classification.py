@@ -7,17 +7,14 @@ softmax over the labels; a sigmoid each where several may hold or there is only 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from runtime.checkpoints.inspect import Checkpoint, inspect
 from runtime.engines.loading import (
     Placement,
-    device_memory,
     engine_options,
     free_memory,
     loading,
@@ -25,14 +22,10 @@ from runtime.engines.loading import (
     require_weights,
     whole_number,
 )
-from runtime.engines.microbatch import failed, microbatches, texts_of
+from runtime.engines.reading import OPTIONS, answers_to_texts, batch_bounds, piece_of
 from runtime.spec import Answers, Batch, EngineInfo, ModelSpec, Task
 
-OPTIONS = ("dtype", "max_model_len")
-CPU_PIECE = (64, 768)  # rows, padded tokens of one forward
-GPU_PIECE = (256, 65_536)
-PIECES = 8  # a batch holds about this many, so that there is something to sort
-CHARS_PER_PIECE_TOKEN = 8
+_Read: TypeAlias = tuple[dict[str, list[list[int]]], set[int]]  # features by name and text; the texts that were cut
 
 
 class ClassificationEngine:
@@ -53,41 +46,20 @@ class ClassificationEngine:
         self._piece = piece
         self._tokenizing = threading.Lock()  # a fast tokenizer must not be called by two threads at once
 
-    @torch.inference_mode()
     def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
         """(label, score) for each text, a piece at a time. A text cut to the model's length ends 'length'.
 
         Raises:
             OutOfMemory: a piece does not fit.
         """
-        begun = time.perf_counter()
-        texts, errors = texts_of(batch)
-        if errors:
-            yield failed(errors, (time.perf_counter() - begun) * 1000.0)
-        if not texts:
-            return
-        indices = list(texts)
-        features, cut = self._features(list(texts.values()))
-        lengths = [len(ids) for ids in features["input_ids"]]
-        with device_memory():
-            for rows in microbatches(lengths, *self._piece):
-                if stop.is_set():
-                    return
-                yield Answers(
-                    rows=[indices[row] for row in rows],
-                    outputs=self._forward(features, rows),
-                    finish_reasons=["length" if row in cut else "stop" for row in rows],
-                    prompt_tokens=[lengths[row] for row in rows],
-                    completion_tokens=[0] * len(rows),
-                    latency_ms=(time.perf_counter() - begun) * 1000.0,
-                )
+        return answers_to_texts(batch, stop, self._piece, self._read, self._answer)
 
     def close(self) -> None:
         """Give back the memory."""
         self._model = None
         free_memory()
 
-    def _features(self, texts: list[str]) -> tuple[dict[str, list[list[int]]], set[int]]:
+    def _read(self, texts: list[str]) -> tuple[_Read, list[int]]:
         """What the model reads of each text, unpadded, and which texts were cut."""
         limit = self.info.max_model_len
         with self._tokenizing:
@@ -98,7 +70,11 @@ class ClassificationEngine:
                 for name, values in short.items():
                     for row, value in zip(cut, values, strict=True):
                         whole[name][row] = value
-        return whole, set(cut)
+        return (whole, set(cut)), [len(ids) for ids in whole["input_ids"]]
+
+    def _answer(self, read: _Read, rows: list[int]) -> tuple[list[tuple[str, float]], list[str]]:
+        features, cut = read
+        return self._forward(features, rows), ["length" if row in cut else "stop" for row in rows]
 
     def _forward(self, features: dict[str, list[list[int]]], rows: list[int]) -> list[tuple[str, float]]:
         with self._tokenizing:
@@ -134,7 +110,8 @@ def load(spec: ModelSpec) -> ClassificationEngine:
     with loading(checkpoint):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
         model = _load_model(checkpoint, placement, tokenizer)
-    piece = CPU_PIECE if placement.device.type == "cpu" else GPU_PIECE
+    piece = piece_of(placement)
+    rows, chars = batch_bounds(piece)
     lengths = (checkpoint.max_model_len, tokenizer.model_max_length, whole_number(options, "max_model_len"))
     info = EngineInfo(
         engine="classification",
@@ -142,8 +119,8 @@ def load(spec: ModelSpec) -> ClassificationEngine:
         device=str(model.device),
         dtype=placement.dtype_name,
         max_model_len=min((each for each in lengths if each), default=None),
-        max_batch_rows=PIECES * piece[0],
-        max_batch_chars=PIECES * piece[1] * CHARS_PER_PIECE_TOKEN,
+        max_batch_rows=rows,
+        max_batch_chars=chars,
         architectures=checkpoint.architectures,
         notes=placement.notes,
     )

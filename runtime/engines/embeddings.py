@@ -11,9 +11,8 @@ pads pieces of a fixed number of rows.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -22,21 +21,20 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from runtime.checkpoints.inspect import Checkpoint, inspect
 from runtime.engines.loading import (
     Placement,
-    device_memory,
     engine_options,
     free_memory,
     loading,
     place,
     whole_number,
 )
-from runtime.engines.microbatch import failed, microbatches, texts_of
+from runtime.engines.reading import OPTIONS, answers_to_texts, batch_bounds, piece_of
 from runtime.spec import Answers, Batch, EngineInfo, ModelSpec, Task
 
-OPTIONS = ("dtype", "max_model_len")
-CPU_PIECE = (64, 768)  # rows, padded tokens of one forward; measured: padding costs more than small pieces do
-GPU_PIECE = (256, 65_536)
-PIECES = 8  # a batch holds about this many, so that there is something to sort
-CHARS_PER_PIECE_TOKEN = 8
+
+class _Read(NamedTuple):
+    texts: list[str]
+    features: dict[str, Any]  # of all texts, padded to the longest
+    lengths: list[int]  # tokens of each
 
 
 class EmbeddingsEngine:
@@ -55,42 +53,28 @@ class EmbeddingsEngine:
         self._prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
         self._tokenizing = threading.Lock()  # a fast tokenizer must not be called by two threads at once
 
-    @torch.inference_mode()
     def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
         """Vectors as float32 (rows, dimension), a piece at a time. A text cut to the model's length ends 'length'.
 
         Raises:
             OutOfMemory: a piece does not fit.
         """
-        begun = time.perf_counter()
-        texts, errors = texts_of(batch)
-        if errors:
-            yield failed(errors, (time.perf_counter() - begun) * 1000.0)
-        if not texts:
-            return
-        indices = list(texts)
-        with device_memory():
-            features = self._features(list(texts.values()))
-            lengths = features["attention_mask"].sum(dim=-1).tolist()
-            for rows in microbatches(lengths, *self._piece):
-                if stop.is_set():
-                    return
-                vectors = self._forward(features, rows, lengths[rows[0]])
-                yield Answers(
-                    rows=[indices[row] for row in rows],
-                    outputs=vectors,
-                    finish_reasons=self._finish_reasons(
-                        [texts[indices[row]] for row in rows], [lengths[r] for r in rows]
-                    ),
-                    prompt_tokens=[lengths[row] for row in rows],
-                    completion_tokens=[0] * len(rows),
-                    latency_ms=(time.perf_counter() - begun) * 1000.0,
-                )
+        return answers_to_texts(batch, stop, self._piece, self._read, self._answer)
 
     def close(self) -> None:
         """Give back the memory."""
         del self._model
         free_memory()
+
+    def _read(self, texts: list[str]) -> tuple[_Read, list[int]]:
+        features = self._features(texts)
+        lengths = features["attention_mask"].sum(dim=-1).tolist()
+        return _Read(texts, features, lengths), lengths
+
+    def _answer(self, read: _Read, rows: list[int]) -> tuple[Any, list[str]]:
+        lengths = [read.lengths[row] for row in rows]
+        vectors = self._forward(read.features, rows, lengths[0])
+        return vectors, self._finish_reasons([read.texts[row] for row in rows], lengths)
 
     def _features(self, texts: list[str], **how: Any) -> dict[str, Any]:
         with self._tokenizing:
@@ -137,7 +121,8 @@ def load(spec: ModelSpec) -> EmbeddingsEngine:
         model = _load_model(checkpoint, placement)
         if asked := whole_number(options, "max_model_len"):
             model.max_seq_length = min(asked, model.max_seq_length or asked)
-    piece = CPU_PIECE if placement.device.type == "cpu" else GPU_PIECE
+    piece = piece_of(placement)
+    rows, chars = batch_bounds(piece)
     info = EngineInfo(
         engine="embeddings",
         task=Task.EMBED,
@@ -145,8 +130,8 @@ def load(spec: ModelSpec) -> EmbeddingsEngine:
         dtype=placement.dtype_name,
         dimension=model.get_embedding_dimension(),
         max_model_len=model.max_seq_length,
-        max_batch_rows=PIECES * piece[0],
-        max_batch_chars=PIECES * piece[1] * CHARS_PER_PIECE_TOKEN,
+        max_batch_rows=rows,
+        max_batch_chars=chars,
         architectures=checkpoint.architectures,
         notes=placement.notes,
     )

@@ -86,5 +86,7 @@ class OutcomeView:
 
 
 def _bytes(value: Any) -> int:
-    size: int = value.nbytes if hasattr(value, "nbytes") else sys.getsizeof(value)
+    if isinstance(value, str):
+        return sys.getsizeof(value)
+    size: int = getattr(value, "nbytes", 0) or sys.getsizeof(value)
     return size

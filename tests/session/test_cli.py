@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 SQLEXT = str(Path(sys.executable).with_name("sqlext"))
@@ -124,6 +128,34 @@ def test_a_model_that_does_not_come_up_is_exit_code_3():
     assert done.returncode == 3, done.stderr
     assert "GPU" in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 6
+
+
+@pytest.mark.parametrize(
+    ("engine", "query", "sign"),
+    [
+        ("echo", "SELECT count(m(i)) FROM range(1000000000) t(i)", "answers"),
+        ("fake_engines:load_sleep", "SELECT 1", "loading m"),
+    ],
+)
+def test_ctrl_c_ends_with_130_and_leaves_no_process(engine, query, sign):
+    """Ctrl-C while rows run or while a model loads: said within a second, exit code 130, every process gone."""
+    script = (
+        f'!llm setup "infer_backend={engine}"; RUN command AS LLM.`` WHERE action="infer" AND udfName="m"; {query}'
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(
+        [SQLEXT, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert any(sign in line for line in process.stderr)
+    children = psutil.Process(process.pid).children(recursive=True)
+    pressed = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert any("cancelled" in line for line in process.stderr)
+    assert time.monotonic() - pressed < 1
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
 
 
 def test_doctor_tells_what_is_there():

@@ -1,0 +1,76 @@
+"""Engines that read texts and write none: what embedding and classification have in common.
+
+A batch is tokenised once and cut into pieces of like length; each piece is one forward, and its rows are answered at
+once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from runtime.engines.loading import Placement, device_memory
+from runtime.engines.microbatch import failed, microbatches, texts_of
+from runtime.spec import Answers, Batch
+
+OPTIONS = ("dtype", "max_model_len")
+CPU_PIECE = (64, 768)  # rows, padded tokens of one forward; measured: padding costs more than small pieces do
+GPU_PIECE = (256, 65_536)
+PIECES = 8  # a batch holds about this many, so that there is something to sort
+CHARS_PER_PIECE_TOKEN = 8
+
+Features = TypeVar("Features")
+
+
+def piece_of(placement: Placement) -> tuple[int, int]:
+    """Most rows and padded tokens of one forward on the device."""
+    return CPU_PIECE if placement.device.type == "cpu" else GPU_PIECE
+
+
+def batch_bounds(piece: tuple[int, int]) -> tuple[int, int]:
+    """Rows and characters that are worth sending at once."""
+    return PIECES * piece[0], PIECES * piece[1] * CHARS_PER_PIECE_TOKEN
+
+
+def answers_to_texts(
+    batch: Batch,
+    stop: threading.Event,
+    piece: tuple[int, int],
+    read: Callable[[list[str]], tuple[Features, list[int]]],
+    answer: Callable[[Features, list[int]], tuple[Sequence[Any], list[str]]],
+) -> Iterator[Answers]:
+    """Answer every text of `batch`, a piece at a time; ends soon, with rows left out, when `stop` is set.
+
+    Args:
+        piece: most rows and padded tokens of one forward.
+        read: from texts to what the model reads of them, and its tokens per text.
+        answer: from that and some of its rows to their outputs and finish reasons.
+
+    Raises:
+        OutOfMemory: a piece does not fit.
+    """
+    begun = time.perf_counter()
+    texts, errors = texts_of(batch)
+    if errors:
+        yield failed(errors, (time.perf_counter() - begun) * 1000.0)
+    if not texts:
+        return
+    indices = list(texts)
+    with device_memory(), torch.inference_mode():
+        features, lengths = read(list(texts.values()))
+        for rows in microbatches(lengths, *piece):
+            if stop.is_set():
+                return
+            outputs, finish_reasons = answer(features, rows)
+            yield Answers(
+                rows=[indices[row] for row in rows],
+                outputs=outputs,
+                finish_reasons=finish_reasons,
+                prompt_tokens=[lengths[row] for row in rows],
+                completion_tokens=[0] * len(rows),
+                latency_ms=(time.perf_counter() - begun) * 1000.0,
+            )
