@@ -50,27 +50,29 @@ def status(connection: Connection, name: str | None = None) -> pa.Table:
 
 def exists(connection: Connection, name: str) -> pa.Table:
     """One row with a boolean: whether `name` is deployed on the cluster."""
-    _connect(connection)
-    return pa.table({"value": [cluster.exists(name.lower())]})
+    return pa.table({"value": [_connected(connection) and cluster.exists(name.lower())]})
 
 
 def remove(connection: Connection, name: str) -> pa.Table:
     """Unregister and undeploy `name`; one row with a boolean: whether there was one."""
-    _connect(connection)
     name = name.lower()  # SQL does not mind the case of a function's name
     gateway = connection.session.functions.remove(name)
     if gateway:
         gateway.close()
-    return pa.table({"value": [cluster.remove(name)]})
+    return pa.table({"value": [_connected(connection) and cluster.remove(name)]})
 
 
-def _connect(connection: Connection) -> None:
-    cluster.connect(connection.session.settings["ray_address"])
+def _connected(connection: Connection) -> bool:
+    """Connect to the cluster the session uses; False when there is none, which is not started just to be asked."""
+    address = connection.session.settings["ray_address"]
+    if cluster.would_start(address):
+        return False
+    cluster.connect(address)
+    return True
 
 
 def _deployments(connection: Connection) -> list[cluster.DeploymentInfo]:
-    _connect(connection)
-    return cluster.deployments()
+    return cluster.deployments() if _connected(connection) else []
 
 
 def _worker_row(info: cluster.DeploymentInfo, index: int, worker: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from runtime.cluster.connection import (
     connect,
     free,
     shutdown,
+    would_start,
 )
 from runtime.cluster.deployments import (
     DeploymentInfo,
@@ -40,4 +41,5 @@ __all__ = [
     "retire",
     "retire_older",
     "shutdown",
+    "would_start",
 ]

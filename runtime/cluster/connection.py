@@ -6,12 +6,14 @@ for one. `ray` below is the library itself, imported at its first use.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import logging
 import os
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -67,6 +69,12 @@ _lock = threading.Lock()
 _started_here = False
 
 
+def would_start(address: str | None = None) -> bool:
+    """Whether `connect` would start a cluster, on which nothing can be deployed yet."""
+    wanted = address or os.environ.get("RAY_ADDRESS") or "local"
+    return wanted == "local" and not ("ray" in sys.modules and ray.is_initialized())
+
+
 def connect(address: str | None = None) -> ClusterInfo:
     """Connect this process to Ray; does nothing when it is connected already. Thread-safe.
 
@@ -86,6 +94,7 @@ def connect(address: str | None = None) -> ClusterInfo:
         elif wanted == "local":
             _on_lasting_thread(_start)
             _started_here = True
+            atexit.register(shutdown)
         else:
             _attach(wanted)
             _started_here = False
@@ -97,8 +106,17 @@ def shutdown() -> None:
     global _started_here  # noqa: PLW0603
     with _lock:
         if ray.is_initialized():
+            folder = _session_folder() if _started_here else None
             ray.shutdown()
+            if folder:  # logs and sockets; Ray itself leaves a folder behind for each run
+                shutil.rmtree(folder, ignore_errors=True)
         _started_here = False
+
+
+def _session_folder() -> str:
+    """Where a cluster of this machine keeps its logs; there is no public call for it."""
+    worker = importlib.import_module("ray._private.worker")
+    return str(worker.global_worker.node.get_session_dir_path())
 
 
 def cluster_address() -> str:

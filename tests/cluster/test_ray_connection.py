@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -105,3 +106,16 @@ print(json.dumps([info.address, info.started_here, other.stdout.strip(), listeni
     assert done.stderr == ""
     psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def test_a_cluster_of_ours_leaves_no_folder_behind():
+    """Ray's folder of logs and sockets is gone when the process that started the cluster has ended."""
+    program = (
+        "from runtime.cluster import connection\n"
+        "connection.connect('local')\n"
+        "print(connection._session_folder(), flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    folder = Path(done.stdout.split()[-1])
+    assert folder.name.startswith("session_")
+    assert not folder.exists()

@@ -158,6 +158,17 @@ def test_ctrl_c_ends_with_130_and_leaves_no_process(engine, query, sign):
     assert not alive
 
 
+def test_asking_for_models_starts_no_cluster():
+    """Where nothing can be deployed the answer is there at once, without Ray."""
+    check = (
+        "import sys, sqlext; con = sqlext.connect(); "
+        "print(con.execute('!llm models').fetchall(), con.execute('!llm model exists \"m\"').fetchall(), "
+        "con.execute('!llm model remove \"m\"').fetchall(), 'ray' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[] [(False,)] [(False,)] False"
+
+
 def test_doctor_tells_what_is_there():
     """Versions, engines, devices, extras; also as JSON."""
     found = {line["what"]: line for line in map(json.loads, sqlext("doctor", "--json").stdout.splitlines())}

@@ -85,6 +85,31 @@ def test_a_classifier_answers_with_label_and_score(con, deploy, checkpoints):
     assert rows[0][1:] == (True, None)
 
 
+def test_workers_take_the_resources_they_are_given(con, deploy, checkpoints):
+    """Fractional GPUs, CPUs and custom resources are reserved, and free again after removal."""
+    before = cluster.free().available
+    deploy(
+        checkpoints["encoder"],
+        "emb",
+        "num_workers=2",
+        "gpus_per_worker=0.5",
+        "cpus_per_worker=0.25",
+        "resource.master=0.1",
+        "worker_concurrency=2",
+        "load_balance=round_robin",
+    )
+    during = cluster.free().available
+    taken = {name: round(before[name] - during[name], 3) for name in ("GPU", "CPU", "master")}
+    assert taken == {"GPU": 1.0, "CPU": 0.5, "master": 0.2}
+    assert con.execute("SELECT count(emb('t' || i)) FROM range(3000) t(i)").fetchone() == (3000,)
+    assert con.execute('!llm status "emb"').df()["rows"].min() > 0
+    con.execute('!llm model remove "emb"')
+    deadline = time.monotonic() + 10
+    while cluster.free().available["GPU"] != before["GPU"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert cluster.free().available["GPU"] == before["GPU"]
+
+
 def test_deploy_time_defaults_and_call_options(con, deploy, checkpoints):
     """generation.* are defaults that a call overrides; the system message and stop texts arrive."""
     deploy(checkpoints["chat"], "chat", **{"generation.max_tokens": 3})
