@@ -57,8 +57,10 @@ class Session:
         self.notify: Callable[[str], None] = _to_stderr
         self.on_deploy: Callable[[Any], None] = _ignore
         self.history: deque[Statement] = deque(maxlen=HISTORY)
-        self.duckdb_settings = DuckdbSettings(self._admin)
+        self.duckdb_settings = DuckdbSettings(self._ask)
         self._lock = threading.Lock()
+        self._reader = raw.cursor()  # a cursor serves one thread at a time
+        self._reading = threading.Lock()
 
     def new_statement(self) -> Statement:
         """A statement with the session's present settings."""
@@ -100,7 +102,11 @@ class Session:
             SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = $1 AND NOT $2
             UNION ALL SELECT 1 FROM duckdb_keywords() WHERE keyword_name = $1 AND keyword_category <> 'unreserved'
         """
-        return self._admin.execute(query, [name, self.functions.owns(name)]).fetchone() is not None
+        return bool(self._ask(query, [name, self.functions.owns(name)]))
+
+    def _ask(self, query: str, parameters: list[Any]) -> list[Any]:
+        with self._reading:
+            return self._reader.execute(query, parameters).fetchall()
 
     def close(self) -> None:
         """Drop the functions and the handles to their workers. The models stay deployed on a cluster of others."""
@@ -111,21 +117,22 @@ class Session:
             self.functions.close()
         for gateway in gateways.values():
             gateway.close()
+        self._reader.close()
         self._admin.close()
 
 
 class DuckdbSettings:
     """Names that `SET name=…` gives to DuckDB, settings of extensions that are not loaded among them."""
 
-    def __init__(self, admin: duckdb.DuckDBPyConnection) -> None:
-        self._admin = admin
+    def __init__(self, ask: Callable[[str, list[Any]], list[Any]]) -> None:
+        self._ask = ask
         self._known: dict[str, bool] = {}
 
     def __contains__(self, name: object) -> bool:
         name = str(name).lower()
         if name not in self._known:
             try:
-                self._admin.execute("SELECT current_setting(?)", [name])
+                self._ask("SELECT current_setting(?)", [name])
                 self._known[name] = True
             except duckdb.Error as error:
                 self._known[name] = "unrecognized configuration parameter" not in str(error)
