@@ -31,7 +31,6 @@ from udfs.context import VARIABLE
 from udfs.signatures import quote
 
 _OWN_RESULT = "sqlext_own_result"  # on a cursor that no user's table can be seen on
-_NOTHING = pa.table({"nothing": pa.array([], pa.int8())})
 
 _open: weakref.WeakSet[Connection] = weakref.WeakSet()
 
@@ -97,7 +96,6 @@ class Connection:
         self._own_results = raw.cursor()
         self._named_results = NamedResults()
         self._interruptible = Interruptible(self.interrupt)
-        self._own_results.register(_OWN_RESULT, _NOTHING)
         raw.register("llm_errors", sources.LiveTable(session.errors_table))
         _open.add(self)
 
