@@ -9,8 +9,10 @@ con.sql("SELECT chat(question) FROM questions").df()
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
+import runtime
 from runtime.errors import (
     Cancelled,
     DeployError,
@@ -39,6 +41,13 @@ __all__ = [
     "attach",
     "connect",
 ]
+
+
+if os.path.dirname(os.path.dirname(str(runtime.__file__))) != os.path.dirname(os.path.dirname(__file__)):
+    raise ImportError(
+        f"sqlext needs its own package `runtime`, but Python found another one: {runtime.__file__}. "
+        "Remove or rename that one, or run from another folder."
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -187,3 +187,21 @@ def test_start_up_loads_nothing_heavy(module):
         subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip()
         == "[]"
     )
+
+
+def test_a_foreign_package_of_the_same_name_is_named(tmp_path):
+    """A `runtime` of somebody else's on the path is told, not met with a strange error later."""
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "__init__.py").touch()
+    (tmp_path / "runtime" / "errors.py").write_text(
+        "SqlextError = Cancelled = DeployError = Fatal = Retryable = RowError = SqlSyntaxError = UserError = Exception"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "import sqlext"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert "another one" in done.stderr
