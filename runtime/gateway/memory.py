@@ -41,7 +41,8 @@ class OutcomeMemory:
 
     def view(self, options: CallOptions, statement: Statement) -> OutcomeView:
         """What is remembered of calls with these options, for `statement`; valid while the lock is held."""
-        return OutcomeView(self._young.setdefault(options, {}), self._old.get(options, {}), statement)
+        self._make_room()
+        return OutcomeView(self, self._young.setdefault(options, {}), self._old.get(options, {}), statement)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -49,23 +50,31 @@ class OutcomeMemory:
 
     def remember(self, options: CallOptions, calls: Iterable[Call]) -> None:
         """Keep the outcomes of settled calls; a failure answers only its own statement."""
-        if self._bytes > self._max_bytes:
-            self._old, self._young, self._bytes = self._young, {}, 0
+        self._make_room()
         lane = self._young.setdefault(options, {})
         for call in calls:
             outcome = call.outcome
             if outcome is not None:
                 keep = call.keep and outcome.error is None
                 lane[call.prompt] = (*outcome, call.statement_id, keep)
-                self._bytes += OVERHEAD_BYTES + _bytes(call.prompt) + _bytes(outcome.output)
+                self.count(call.prompt, outcome.output)
+
+    def count(self, prompt: Prompt, output: Any) -> None:
+        """An entry came into the younger generation."""
+        self._bytes += OVERHEAD_BYTES + _bytes(prompt) + _bytes(output)
+
+    def _make_room(self) -> None:
+        if self._bytes > self._max_bytes:
+            self._old, self._young, self._bytes = self._young, {}, 0
 
 
 class OutcomeView:
     """The remembered outcomes of one set of options, as one statement may use them."""
 
-    __slots__ = ("_old", "_reads", "_statement_id", "_young")
+    __slots__ = ("_memory", "_old", "_reads", "_statement_id", "_young")
 
-    def __init__(self, young: Lane, old: Lane, statement: Statement) -> None:
+    def __init__(self, memory: OutcomeMemory, young: Lane, old: Lane, statement: Statement) -> None:
+        self._memory = memory
         self._young = young
         self._old = old
         self._statement_id = statement.id
@@ -75,10 +84,11 @@ class OutcomeView:
         """The outcome for `prompt`, or None when none is remembered that the statement may use."""
         entry = self._young.get(prompt)
         if entry is None:
-            entry = self._old.get(prompt)
+            entry = self._old.pop(prompt, None)
             if entry is None:
                 return None
             self._young[prompt] = entry
+            self._memory.count(prompt, entry[0])
         *fields, statement_id, keep = entry
         if statement_id == self._statement_id or (keep and self._reads):
             return Outcome(*fields)

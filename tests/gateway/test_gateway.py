@@ -347,6 +347,17 @@ def test_memory_is_bounded():
     gateway.close()
 
 
+def test_memory_is_bounded_when_everything_is_used_again():
+    """What is used again stays, but not beyond the bound."""
+    pool = ScriptedPool(max_batch_rows=1000)
+    gateway = Gateway(pool, memory_bytes=500_000)
+    for end in range(500, 10_000, 500):
+        for start in range(0, end, 500):
+            outputs(gateway, [f"row {i}" for i in range(start, start + 500)])
+        assert len(gateway._memory) <= 3000
+    gateway.close()
+
+
 def test_cache_off_asks_again_and_read_does_not_keep():
     """cache=off neither uses nor keeps results of other statements; cache=read only uses them."""
     pool = ScriptedPool()
