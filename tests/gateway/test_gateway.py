@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import pytest
 from scripted import ScriptedPool
@@ -133,17 +134,26 @@ def test_out_of_memory_on_one_row_is_its_error():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_poison_row_takes_no_neighbour_with_it(workers: int):
     """What dies with a worker is only what was alone on it: the others are answered."""
-    dying = {worker: threading.Event() for worker in range(workers)}
 
     class Dying(ScriptedPool):
+        """A worker that gets the poison dies with every batch that is on it at the time."""
+
         def run(self, worker, batch):
-            if "poison" in batch.prompts:
-                dying[worker].set()
-                raise WorkerLost("the worker died")
-            if dying[worker].is_set():  # everything else on the worker dies with it, once
-                dying[worker].clear()
-                raise WorkerLost("the worker died")
-            yield from super().run(worker, batch)
+            killed = threading.Event()
+            on_worker = self.running.setdefault(worker, [])
+            on_worker.append(killed)
+            try:
+                if "poison" in batch.prompts:
+                    time.sleep(0.02)  # time for another batch to come beside it
+                    for other in list(on_worker):
+                        other.set()
+                if killed.wait(0.03):
+                    raise WorkerLost("the worker died")
+                yield from super().run(worker, batch)
+            finally:
+                on_worker.remove(killed)
+
+        running: ClassVar[dict[int, list[threading.Event]]] = {}
 
     gateway = Gateway(Dying(workers=workers))
     asked = gateway.ask(GREEDY, ["poison", "b", "c", "d", "e"], Statement(1))
