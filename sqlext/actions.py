@@ -98,7 +98,7 @@ def _run(statement: Run, connection: Connection) -> pa.Table:
         raise _not_available(statement.algorithm)
     action = next((str(o.value) for o in statement.options if o.key.lower() == "action"), options.DEFAULT_ACTION)
     known = options.action(action, statement)
-    options.resolve(statement.options, known.name)  # a misspelt option is the likelier mistake
+    said = options.resolve(statement.options, known.name)  # a misspelt option is the likelier mistake
     if not known.available:
         raise _not_available(f'The action "{known.name}"')
     if statement.input_table.lower() != "command":
@@ -112,7 +112,7 @@ def _run(statement: Run, connection: Connection) -> pa.Table:
         connection.check_stopped()
         session.on_deploy(event)
 
-    table = infer(statement, session, progress)
+    table = infer(statement, said, session, progress)
     if statement.result:
         sources.keep(connection.raw, statement.result, table)
     return table

@@ -28,22 +28,27 @@ from udfs.signatures import sql_type
 _ENGINES = {Task.GENERATE: "transformers", Task.EMBED: "embeddings", Task.CLASSIFY: "classification"}
 
 
-def infer(run: Run, session: Session, progress: Callable[[cluster.DeployProgress], None]) -> pa.Table:
+def infer(
+    run: Run, said: options.Resolved, session: Session, progress: Callable[[cluster.DeployProgress], None]
+) -> pa.Table:
     """Deploy a model, or reconnect to one, and register its functions; one row that tells what was done.
+
+    Args:
+        said: the statement's options, checked.
 
     Raises:
         UserError: an option, the name or the checkpoint is wrong.
         DeployError: the model did not come up; nothing was registered and no process is left.
     """
-    said = options.resolve(run.options, "infer")
     task = pretrained_model_type(str(said.values.get("pretrainedModelType") or AUTO))
     options.require_available(run.options, "infer")
     for notice in said.notices:
         session.notify(notice)
     name = _function_name(str(said.values.get("udfName") or "").lower(), session)
+    reconnect = said.values.get("reconnect")
     started = time.monotonic()
     cluster.connect(session.settings["ray_address"])
-    if said.values.get("reconnect"):
+    if reconnect:
         pool = cluster.attach(name)
     else:
         spec = model_spec(name, task, said.values, run, session.settings)
@@ -51,12 +56,12 @@ def infer(run: Run, session: Session, progress: Callable[[cluster.DeployProgress
     try:
         replaced = session.functions.put(name, Gateway(pool))
     except BaseException:
-        if not said.values.get("reconnect"):
+        if not reconnect:
             cluster.retire(pool)
         raise
     if replaced:
         replaced.close()
-    if not said.values.get("reconnect"):
+    if not reconnect:
         cluster.retire_older(pool)
     return _report(pool, time.monotonic() - started)
 

@@ -25,9 +25,9 @@ Execute: TypeAlias = Callable[[str], Any]
 
 _READERS = {"json": "read_json", "csv": "read_csv", "parquet": "read_parquet", "excel": "read_xlsx"}
 _WRITERS = {"json": "JSON", "csv": "CSV", "parquet": "PARQUET", "excel": "XLSX"}
-# Options of Spark's readers and writers that DuckDB knows by another name, or does by itself.
 _STAGED = "sqlext_staged"
 _ROWS = "sqlext_rows"
+# Options of Spark's readers and writers that DuckDB knows by another name, or does by itself.
 _RENAMED = {"inferschema": None, "sep": "delim", "delimiter": "delim", "charset": "encoding"}
 
 
@@ -175,8 +175,9 @@ def _own_words(verb: str) -> Iterator[None]:
 
 
 def _options(options: tuple[Option, ...]) -> dict[str, Any]:
-    renamed = {option.key.lower(): option.value for option in options}
-    return {_RENAMED.get(key, key) or "": value for key, value in renamed.items() if _RENAMED.get(key, key)}
+    named = ((option.key.lower(), option.value) for option in options)
+    renamed = ((_RENAMED.get(key, key), value) for key, value in named)
+    return {key: value for key, value in renamed if key is not None}
 
 
 def _unknown_format(verb: str, statement: Load | Save, known: list[str]) -> UserError:

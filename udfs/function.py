@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 
@@ -20,6 +20,7 @@ from udfs.context import StatementTable
 from udfs.requests import Request, response
 from udfs.signatures import output_column, row_column
 
+_Columns: TypeAlias = tuple[pa.ChunkedArray, ...]
 EMPTY = Outcome(None)  # of a NULL row: neither asked nor failed
 
 
@@ -41,8 +42,7 @@ class ModelFunction:
 
     def value(self, *columns: pa.ChunkedArray) -> pa.Array:
         """The answers as the function's type; failed rows as the statement's `on_error` says."""
-        statement = self._statements.find(_first(columns[0]))
-        return _noting(statement, lambda: self._value(statement, columns))
+        return self._noting(columns, self._value)
 
     def plain(self, prompts: pa.ChunkedArray) -> pa.Array:
         """The answers to texts alone, with the model's defaults."""
@@ -51,10 +51,18 @@ class ModelFunction:
 
     def row(self, *columns: pa.ChunkedArray) -> pa.Array:
         """The answers as STRUCTs that show output, error, tokens and time; never fails a query for a row."""
-        statement = self._statements.find(_first(columns[0]))
-        return _noting(statement, lambda: self._row(statement, columns))
+        return self._noting(columns, self._row)
 
-    def _value(self, statement: Statement, columns: tuple[pa.ChunkedArray, ...]) -> pa.Array:
+    def _noting(self, columns: _Columns, answer: Callable[[Statement, _Columns], pa.Array]) -> pa.Array:
+        """DuckDB keeps only the text of an exception: leave the error on the statement, whose other threads stop."""
+        statement = self._statements.find(_first(columns[0]))
+        try:
+            return answer(statement, columns)
+        except SqlextError as error:
+            statement.fail(error)
+            raise
+
+    def _value(self, statement: Statement, columns: _Columns) -> pa.Array:
         chunk = _Chunk(columns)
         gateway, outcomes, _ = self._ask(chunk, statement)
         for index, outcome in enumerate(outcomes):
@@ -62,7 +70,7 @@ class ModelFunction:
                 _treat_failure(gateway.name, chunk.texts[index] or "", outcome.error, statement)
         return output_column(gateway.info, [chunk.shown(index, outcome) for index, outcome in enumerate(outcomes)])
 
-    def _row(self, statement: Statement, columns: tuple[pa.ChunkedArray, ...]) -> pa.Array:
+    def _row(self, statement: Statement, columns: _Columns) -> pa.Array:
         chunk = _Chunk(columns)
         gateway, outcomes, reused = self._ask(chunk, statement)
         shown = [chunk.shown(index, outcome) for index, outcome in enumerate(outcomes)]
@@ -88,7 +96,7 @@ class ModelFunction:
 class _Chunk:
     """The columns of one call: (statement, prompt, what the prompt is, options, draw)."""
 
-    def __init__(self, columns: tuple[pa.ChunkedArray, ...]) -> None:
+    def __init__(self, columns: _Columns) -> None:
         _, prompts, kinds, options, _ = columns
         self.texts: list[str | None] = prompts.to_pylist()
         self._kind = _first(kinds) or arguments.TEXT
@@ -143,17 +151,7 @@ def _first(column: pa.ChunkedArray) -> str | None:
     return value
 
 
-def _noting(statement: Statement, work: Callable[[], pa.Array]) -> pa.Array:
-    """DuckDB keeps only the text of an exception: leave the error on the statement, whose other threads stop, too."""
-    try:
-        return work()
-    except SqlextError as error:
-        statement.fail(error)
-        raise
-
-
 def _treat_failure(model: str, text: str, error: ErrorInfo, statement: Statement) -> None:
-    key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     if statement.on_error == "fail":
         raise Fatal(
             f'A row failed in "{model}": {error.message}',
@@ -161,4 +159,5 @@ def _treat_failure(model: str, text: str, error: ErrorInfo, statement: Statement
             hint='on_error is «fail»; with `!llm setup "on_error=record"` the row is listed and the rest goes on.',
         )
     if statement.on_error == "record":
+        key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         statement.record(model, key, error)

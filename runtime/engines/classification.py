@@ -10,16 +10,16 @@ import threading
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from runtime.checkpoints.inspect import Checkpoint, inspect
+from runtime.checkpoints.inspect import inspect
 from runtime.engines.loading import (
-    Placement,
     engine_options,
     free_memory,
+    load_model,
+    load_tokenizer,
     loading,
     place,
-    require_weights,
     whole_number,
 )
 from runtime.engines.reading import OPTIONS, answers_to_texts, batch_bounds, piece_of
@@ -108,8 +108,11 @@ def load(spec: ModelSpec) -> ClassificationEngine:
     checkpoint = inspect(spec.path, Task.CLASSIFY)
     placement = place(checkpoint, options.get("dtype"))
     with loading(checkpoint):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
-        model = _load_model(checkpoint, placement, tokenizer)
+        tokenizer = load_tokenizer(checkpoint)
+        model = load_model(AutoModelForSequenceClassification, checkpoint, placement)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id  # decoders find the last word of a row by it
     piece = piece_of(placement)
     rows, chars = batch_bounds(piece)
     lengths = (checkpoint.max_model_len, tokenizer.model_max_length, whole_number(options, "max_model_len"))
@@ -125,22 +128,3 @@ def load(spec: ModelSpec) -> ClassificationEngine:
         notes=placement.notes,
     )
     return ClassificationEngine(model, tokenizer, info, piece)
-
-
-def _load_model(checkpoint: Checkpoint, placement: Placement, tokenizer: PreTrainedTokenizerBase) -> Any:
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        checkpoint.path,
-        dtype=placement.dtype,
-        device_map=placement.device_map,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    require_weights(checkpoint, set(report["missing_keys"]))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id  # decoders find the last word of a row by it
-    if not placement.device_map:
-        model.to(placement.device)
-    return model.eval()

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from runtime.checkpoints.inspect import Checkpoint
@@ -156,6 +158,36 @@ def require_weights(checkpoint: Checkpoint, missing: set[str]) -> None:
             code="weights_missing",
             hint="Deploy the whole checkpoint, not a part of it or one made for another task.",
         )
+
+
+def load_tokenizer(checkpoint: Checkpoint, **more: Any) -> Any:
+    """The checkpoint's own tokenizer: nothing from a hub, no code of its own."""
+    return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False, **more)
+
+
+def load_model(kind: Any, checkpoint: Checkpoint, placement: Placement, quantization: Any = None) -> Any:
+    """The checkpoint as a model of `kind`, one of transformers' Auto classes, on its device and in evaluation mode.
+
+    Safetensors only, nothing from a hub, no code of its own.
+
+    Raises:
+        DeployError: weights_missing.
+    """
+    device_map = placement.device_map or ({"": placement.device} if quantization else None)
+    model, report = kind.from_pretrained(
+        checkpoint.path,
+        dtype=placement.dtype,
+        device_map=device_map,
+        quantization_config=quantization,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    require_weights(checkpoint, set(report["missing_keys"]))
+    if not device_map:
+        model.to(placement.device)
+    return model.eval()
 
 
 @contextmanager

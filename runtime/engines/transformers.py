@@ -13,18 +13,19 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from runtime.checkpoints.inspect import Checkpoint, inspect
+from runtime.checkpoints.inspect import inspect
 from runtime.engines.decoding import Limits, Row, decode
 from runtime.engines.loading import (
     Placement,
     device_memory,
     engine_options,
     free_memory,
+    load_model,
+    load_tokenizer,
     loading,
     place,
-    require_weights,
     whole_number,
 )
 from runtime.engines.microbatch import failed
@@ -158,10 +159,8 @@ def load(spec: ModelSpec) -> TransformersEngine:
     bits = _bits(options.get("quantization"), placement)
     limits = _limits(options, placement)
     with loading(checkpoint):
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=False, padding_side="left"
-        )
-        model = _load_model(checkpoint, placement, bits)
+        tokenizer = load_tokenizer(checkpoint, padding_side="left")
+        model = load_model(AutoModelForCausalLM, checkpoint, placement, _quantized(bits, placement.dtype))
     try:
         sampling(spec.defaults, tokenizer, model.generation_config)
     except Fatal as error:  # a wrong default fails the deployment, not its rows
@@ -180,23 +179,6 @@ def load(spec: ModelSpec) -> TransformersEngine:
         notes=placement.notes,
     )
     return TransformersEngine(model, tokenizer, info, limits)
-
-
-def _load_model(checkpoint: Checkpoint, placement: Placement, bits: int) -> Any:
-    model, report = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path,
-        dtype=placement.dtype,
-        device_map=placement.device_map or ({"": placement.device} if bits else None),
-        quantization_config=_quantized(bits, placement.dtype),
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    require_weights(checkpoint, set(report["missing_keys"]))
-    if not (placement.device_map or bits):
-        model.to(placement.device)
-    return model.eval()
 
 
 def _limits(options: dict[str, Value], placement: Placement) -> Limits:

@@ -324,7 +324,6 @@ class Gateway:
         for call in calls:
             for ticket in call.tickets:
                 ticket.fail(error)
-            call.tickets = []
             call.shut()
 
     def _fail_row(self, call: Call, error: SqlextError) -> None:
