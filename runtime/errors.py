@@ -62,11 +62,15 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class ErrorInfo:
-    """An error as data: what crosses processes and stands in tables."""
+    """An error as data: what crosses processes and stands in tables.
+
+    `attempts` counts how often the row was tried before it was given up.
+    """
 
     code: str
     message: str
     hint: str | None = None
+    attempts: int = 1
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"

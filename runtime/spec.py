@@ -80,6 +80,8 @@ class ModelSpec:
         task: forced task, or None to find it from the checkpoint.
         options: the engine's own options (``backend.…`` without its prefix, ``dtype``, ``quantization``), sorted.
         defaults: generation defaults of every call.
+        fingerprint: the content of what answers (weights, tokenizer, adapter; or provider, address and model), so
+            that stored answers are found again for equal content only; '' = answers are not stored.
     """
 
     name: str
@@ -88,6 +90,7 @@ class ModelSpec:
     task: Task | None = None
     options: tuple[tuple[str, Value], ...] = ()
     defaults: CallOptions = field(default_factory=CallOptions)
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class PoolSpec:
         gpus_per_worker: GPUs reserved by each worker, fractions allowed; None = one when the cluster has any.
         cpus_per_worker: CPUs reserved by each worker; rounded down, but at least 1, its number of torch threads.
         resources: Ray custom resources of each worker, for placing it on certain nodes.
-        load_balance: 'lru' or 'round_robin'.
+        load_balance: 'lru', 'round_robin' or 'prefix'.
         load_timeout_s: seconds a worker may take to load its model.
         batch_timeout_s: seconds one batch may take before its worker counts as hung and is replaced.
     """
@@ -124,6 +127,8 @@ class EngineInfo:
         max_model_len: tokens of prompt and answer together (embedding: tokens read of a text); None = unbounded.
         max_batch_rows: most rows worth sending in one batch.
         max_batch_chars: most characters of prompts worth sending in one batch.
+        max_answer_tokens: tokens an answer may have when the call does not say max_tokens; None = nobody knows.
+        overhead_tokens: tokens of a one-word prompt: what the chat template adds.
         notes: what was chosen (device, dtype, batch) and why, for `!llm status`.
     """
 
@@ -135,6 +140,8 @@ class EngineInfo:
     max_model_len: int | None = None
     max_batch_rows: int = 256
     max_batch_chars: int = 100_000
+    max_answer_tokens: int | None = None
+    overhead_tokens: int = 0
     architectures: tuple[str, ...] = ()
     chat_template: bool = False
     notes: tuple[str, ...] = ()
@@ -161,6 +168,8 @@ class Answers:
         prompt_tokens, completion_tokens: counted by the engine, per row.
         latency_ms: from the batch's start in the engine to the row's end.
         errors: by batch index, only for rows that failed.
+        retry_after_s: by batch index, only for failed rows whose next attempt may succeed: the seconds that the
+            provider asks to wait first, 0 when it does not say.
     """
 
     rows: Sequence[int]
@@ -170,3 +179,4 @@ class Answers:
     completion_tokens: Sequence[int]
     latency_ms: float
     errors: dict[int, ErrorInfo] = field(default_factory=dict)
+    retry_after_s: dict[int, float] = field(default_factory=dict)
