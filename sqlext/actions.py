@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from runtime import cluster, engines
 from runtime.errors import UserError, did_you_mean
-from sqlext import models, options, sources
+from sqlext import cache, explain, models, options, retry, sources, tables
 from sqlext.deploy import infer
 from sqlext.statements import ExplainLlm, Llm, Load, Run, Save, Setup, SetVariable, Sql, Statement
 
@@ -19,13 +20,21 @@ if TYPE_CHECKING:
 DIALECTS = ("duckdb", "spark")
 
 
-def carry_out(statement: Statement, connection: Connection) -> pa.Table | None:
+def carry_out(
+    statement: Statement, connection: Connection, parameters: Any = None, frame: FrameType | None = None
+) -> pa.Table | None:
     """Do what a statement of ours says.
+
+    Args:
+        parameters: values for the placeholders of a query in it.
+        frame: where DuckDB looks for variables that hold data frames.
 
     Raises:
         SqlextError: it cannot be done; nothing was changed.
     """
     try:
+        if isinstance(statement, ExplainLlm):
+            return explain.explained(statement, connection, parameters, frame)
         return _carried_out(statement, connection)
     except UserError as error:
         error.place = error.place or statement.place
@@ -46,10 +55,8 @@ def _carried_out(statement: Statement, connection: Connection) -> pa.Table | Non
             return _run(statement, connection)
         case Llm():
             return _llm(statement, connection)
-        case ExplainLlm():
-            raise _not_available("EXPLAIN LLM")
-        case Sql():
-            raise AssertionError("DuckDB's statements are not carried out here")
+        case ExplainLlm() | Sql():
+            raise AssertionError("neither changes anything here")
     return None
 
 
@@ -126,7 +133,7 @@ def _llm(statement: Llm, connection: Connection) -> pa.Table:
 
 
 def _usage(connection: Connection) -> pa.Table:
-    return connection.session.usage_table()
+    return tables.calls(connection.session).drop_columns(["query", "cut"])  # `llm_calls` has them; a box is narrow
 
 
 def _help(_: Connection, word: str | None = None) -> pa.Table:
@@ -140,6 +147,10 @@ _VERBS: dict[str, Callable[..., pa.Table]] = {
     "model exists": models.exists,
     "model remove": models.remove,
     "usage": _usage,
+    "retry": retry.ask_again,
+    "cache": cache.cache,
+    "cache clear": cache.clear,
+    "cache prune": cache.prune,
     "help": _help,
 }
 

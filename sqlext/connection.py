@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -20,8 +20,9 @@ import duckdb
 import pyarrow as pa
 
 from runtime.errors import Cancelled
+from runtime.gateway import Mode
 from runtime.gateway import Statement as RunningStatement
-from sqlext import actions, script, sources, statements
+from sqlext import actions, countable, notices, probe, script, sources, statements, tables
 from sqlext.dialects import from_spark
 from sqlext.interrupt import Interruptible, call_from, callers_frame
 from sqlext.named_results import NamedResults
@@ -30,6 +31,8 @@ from sqlext.session import Session
 from udfs.context import VARIABLE
 from udfs.signatures import quote
 
+THROUGH_ROWS = 2_048  # that are held at once of a query whose rows nobody wants
+MAX_PASSES = 4  # runs of a query for its model calls alone
 _OWN_RESULT = "sqlext_own_result"  # on a cursor that no user's table can be seen on
 
 _open: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -96,7 +99,7 @@ class Connection:
         self._own_results = raw.cursor()
         self._named_results = NamedResults()
         self._interruptible = Interruptible(self.interrupt)
-        raw.register("llm_errors", sources.LiveTable(session.errors_table))
+        tables.register(raw, session)
         _open.add(self)
 
     # -- running -------------------------------------------------------------------------------------------
@@ -130,10 +133,12 @@ class Connection:
             self._finish()
             self._stopped.clear()
             try:
+                given = parameters if chunk is chunks[-1] else None
                 if isinstance(statement, statements.Sql):
-                    self._execute_sql(statement, parameters if chunk is chunks[-1] else None, frame)
+                    self._execute_sql(statement, given, frame)
                 else:
-                    self._show(self._interruptible.run(functools.partial(actions.carry_out, statement, self)))
+                    work = functools.partial(actions.carry_out, statement, self, given, frame)
+                    self._show(self._interruptible.run(work))
             except duckdb.Error as error:
                 error.add_note(f"in the statement at {chunk.place}")
                 raise
@@ -249,12 +254,12 @@ class Connection:
 
     def _execute_sql(self, statement: statements.Sql, parameters: Any, frame: FrameType | None) -> None:
         text = from_spark(statement.text, statement.place) if self.session.dialect == "spark" else statement.text
-        query, name = self._named_results.take(text, self._parses)
-        self._begin()
+        query, name = self._named_results.take(text, self.parses)
+        self._begin(text)
         self._result = self.raw
         try:
             self._named_results.run(
-                lambda: self._guarded(lambda: call_from(frame, self.raw.execute, query, parameters)),
+                lambda: self._run_query(query, parameters, frame),
                 lambda missing, sql: sources.put_table(self._execute_guarded, missing, sql),
             )
             if name:
@@ -272,20 +277,84 @@ class Connection:
             self._functions_seen = 0
 
     @contextmanager
-    def own_sql(self) -> Iterator[Callable[[str], Any]]:
+    def own_sql(self, text: str = "") -> Iterator[Callable[[str], Any]]:
         """For statements of ours that run SQL: gives an `execute` under which all holds that holds for queries."""
-        self._begin()
+        self._begin(text)
         try:
             yield self._execute_guarded
         finally:
             self._finish()
 
-    def _execute_guarded(self, text: str) -> Any:
-        return self._guarded(lambda: self.raw.execute(text))
+    def count_calls(
+        self, text: str, parameters: Any, frame: FrameType | None
+    ) -> tuple[RunningStatement, countable.Countable]:
+        """Run the query inside `text` to count its model calls: no model is called, its rows are dropped.
 
-    def _begin(self) -> None:
+        Raises:
+            UserError: the statement holds no query that can be run for this.
+            duckdb.Error: DuckDB's own error of the query.
+        """
+        self._begin(text)
+        running = self.running
+        assert running is not None
+        running.mode = Mode.EXPLAIN
+        try:
+            functions = self.session.functions.is_model_function
+            found = self._guarded(lambda: countable.query_in(self.raw, text, functions, frame))
+            running.explained.clear()  # planning evaluates constant calls, and so does the run
+            self._guarded(lambda: self._run_through(found.query, parameters, frame))
+        finally:
+            self._finish()
+        return running, found
+
+    def _execute_guarded(self, text: str) -> Any:
+        return self._run_query(text)
+
+    def _run_query(self, query: str, parameters: Any = None, frame: FrameType | None = None) -> Any:
+        self._run_ahead(query, parameters, frame)
+        return self._guarded(lambda: call_from(frame, self.raw.execute, query, parameters))
+
+    def _run_ahead(self, query: str, parameters: Any, frame: FrameType | None) -> None:
+        """Run the query once for its model calls alone, so that the workers are never without work in the real run.
+
+        A call whose argument is the answer of another is only known in the next run, which waits for the first.
+        """
+        running = self.running
+        gateways = self.session.functions.gateways().values()
+        if running is None or not gateways:
+            return
+        running.mode = Mode.AHEAD
+        try:
+            running.passes += 1
+            functions = self.session.functions.is_model_function
+            ahead = self._guarded(lambda: probe.plan(self.raw, query, parameters, functions, frame))
+            while ahead:
+                before = sum(gateway.asked_ahead(running)[0] for gateway in gateways)
+                self._guarded(lambda: self._run_through(ahead.query, parameters, frame))
+                opened = sum(gateway.asked_ahead(running)[0] for gateway in gateways) - before
+                if ahead.calls < 2 or not opened or running.passes >= MAX_PASSES:
+                    break
+                running.passes += 1
+        except duckdb.Error:
+            pass  # a query that fails on NULL, or at all: the real run tells
+        finally:
+            running.mode = Mode.REAL
+            for gateway in gateways:
+                gateway.pass_over()
+
+    def _run_through(self, query: str, parameters: Any, frame: FrameType | None) -> None:
+        """Run a query and drop its rows as they come; a relation streams them, the reader of a result holds all."""
+        relation = call_from(frame, functools.partial(self.raw.sql, query, params=parameters))
+        with closing(relation.to_arrow_reader(THROUGH_ROWS)) as reader:
+            try:
+                for _ in reader:
+                    self.check_stopped()
+            except OSError as error:  # Arrow keeps only the text of DuckDB's error
+                raise duckdb.Error(str(error)) from None
+
+    def _begin(self, text: str = "") -> None:
         """Before a statement: this cursor's macros are those of the session, and chunks will find the statement."""
-        self.running = self.session.new_statement()
+        self.running = self.session.new_statement(text)
         key = self.session.statements.add(self.running)
         with suppress(duckdb.TransactionException):  # in an aborted transaction only ROLLBACK is of use
             self._functions_seen = self.session.functions.catch_up(self.raw, self._functions_seen)
@@ -297,15 +366,11 @@ class Connection:
         if running is None:
             return
         self.session.ended(running)
-        if running.failed and running.failed_rows:
-            first = running.failed_rows[0]
-            self.session.notify(
-                f"{running.failed} {'rows' if running.failed > 1 else 'row'} failed, with NULL for an answer. "
-                f"The first: {first.code}: {first.message}\n"
-                "hint: SELECT * FROM llm_errors; lists them."
-            )
+        for notice in notices.of(running, self.session.functions.gateways()):
+            self.session.notify(notice)
 
-    def _parses(self, text: str) -> bool:
+    def parses(self, text: str) -> bool:
+        """Whether DuckDB can read a text."""
         try:
             self.raw.extract_statements(text)
         except duckdb.Error:

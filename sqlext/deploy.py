@@ -6,18 +6,22 @@ first row. What fails leaves nothing behind.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from runtime import cluster, engines
+from runtime import cluster, engines, secrets
+from runtime.checkpoints.fingerprint import checkpoint_fingerprint
 from runtime.checkpoints.inspect import inspect
-from runtime.checkpoints.model_types import AUTO, pretrained_model_type
+from runtime.checkpoints.model_types import AUTO, ModelType, pretrained_model_type
 from runtime.errors import UserError
-from runtime.gateway import Gateway
+from runtime.gateway import Gateway, RetryPolicy
 from runtime.spec import CallOptions, ModelSpec, PoolSpec, Task
 from sqlext import options
 from sqlext.session import Session
@@ -25,6 +29,8 @@ from sqlext.statements import Run
 from udfs.arguments import options_from
 from udfs.signatures import sql_type
 
+LOCAL_CONCURRENCY = 1
+REMOTE_CONCURRENCY = 8  # batches of one worker, so that requests stay in flight where one batch ends
 _ENGINES = {Task.GENERATE: "transformers", Task.EMBED: "embeddings", Task.CLASSIFY: "classification"}
 
 
@@ -40,21 +46,26 @@ def infer(
         UserError: an option, the name or the checkpoint is wrong.
         DeployError: the model did not come up; nothing was registered and no process is left.
     """
-    task = pretrained_model_type(str(said.values.get("pretrainedModelType") or AUTO))
+    kind = pretrained_model_type(str(said.values.get("pretrainedModelType") or AUTO))
     options.require_available(run.options, "infer")
     for notice in said.notices:
         session.notify(notice)
     name = _function_name(str(said.values.get("udfName") or "").lower(), session)
     reconnect = said.values.get("reconnect")
     started = time.monotonic()
-    cluster.connect(session.settings["ray_address"])
+    connected = cluster.connect(session.settings["ray_address"])
     if reconnect:
         pool = cluster.attach(name)
     else:
-        spec = model_spec(name, task, said.values, run, session.settings)
-        pool = cluster.deploy(spec, pool_spec(session.settings), progress=progress)
+        if kind.remote:
+            spec = remote_spec(name, kind.remote, said.values, run.path, here=connected.nodes == 1)
+        else:
+            spec = model_spec(name, kind.task, said.values, run, session)
+        pool = cluster.deploy(spec, pool_spec(session.settings, kind), progress=progress)
     try:
-        replaced = session.functions.put(name, Gateway(pool))
+        settings = session.settings
+        policy = RetryPolicy(attempts=settings["attempts"], row_deadline_s=settings["row_timeout"])
+        replaced = session.functions.put(name, Gateway(pool, session.store, policy=policy))
     except BaseException:
         if not reconnect:
             cluster.retire(pool)
@@ -66,17 +77,20 @@ def infer(
     return _report(pool, time.monotonic() - started)
 
 
-def model_spec(
-    name: str, task: Task | None, values: Mapping[str, Any], run: Run, settings: dict[str, Any]
-) -> ModelSpec:
-    """What to load, from the statement's options and the session's settings."""
-    wanted = settings["infer_backend"]
+def model_spec(name: str, task: Task | None, values: Mapping[str, Any], run: Run, session: Session) -> ModelSpec:
+    """What to load, from the statement's options and the session's settings.
+
+    Raises:
+        UserError: the checkpoint is missing or wrong, or an option belongs to remote models.
+    """
+    _refuse(values, ("saas.",), 'It belongs to remote models: pretrainedModelType="saas/openai".')
+    wanted = session.settings["infer_backend"]
     path = values.get("localModelDir") or run.path
     extra = _engine_options(values)
     defaults = _generation_defaults(values)
     if wanted != "transformers":
         engines.require(wanted)
-        return ModelSpec(name, wanted, path, task, extra, defaults)
+        return ModelSpec(name, wanted, path, task, extra, defaults, _fingerprint(wanted, path, task or "", extra))
     if not path:
         raise UserError(
             "The statement names no checkpoint.",
@@ -84,15 +98,54 @@ def model_spec(
             hint='Add AND localModelDir="/path/to/model", or write the path between the backquotes: LLM.`/path`.',
         )
     checkpoint = inspect(path, task)
-    return ModelSpec(name, _ENGINES[checkpoint.task], checkpoint.path, checkpoint.task, extra, defaults)
+    engine, store = _ENGINES[checkpoint.task], session.store
+    content = checkpoint_fingerprint(Path(checkpoint.path), store) if store else ""
+    fingerprint = _fingerprint(engine, content, checkpoint.task, extra) if content else ""
+    return ModelSpec(name, engine, checkpoint.path, checkpoint.task, extra, defaults, fingerprint)
 
 
-def pool_spec(settings: dict[str, Any]) -> PoolSpec:
-    """Where and how wide to run, from the session's settings."""
+def remote_spec(name: str, engine: str, values: Mapping[str, Any], path: str, *, here: bool) -> ModelSpec:
+    """Which model of a provider to ask, from the statement's options.
+
+    Args:
+        path: what stands between the statement's backquotes.
+        here: all workers run on this machine.
+
+    Raises:
+        UserError: a checkpoint is named, or an option belongs to checkpoints.
+    """
+    local = ("backend.", "quantization", "localModelDir")
+    _refuse(values, local, "It belongs to checkpoints; a remote model takes saas.* and generation.* options.")
+    if path:
+        raise UserError(
+            "A remote model has no checkpoint.", code="option_value", hint="Leave the path empty: LLM.``."
+        )
+    said = {key.removeprefix("saas."): value for key, value in values.items() if key.startswith("saas.")}
+    # Not of its key, nor of how it is asked.
+    deciding = [(option, said.get(option, "")) for option in ("model", "task")]
+    fingerprint = _fingerprint(engine, str(said.get("base_url", "")).rstrip("/"), *deciding)
+    if key := said.get("api_key"):
+        said["api_key"] = secrets.travelling(str(key), here=here)
+    return ModelSpec(name, engine, "", None, tuple(sorted(said.items())), _generation_defaults(values), fingerprint)
+
+
+def _fingerprint(*deciding: Any) -> str:
+    """Of what decides a model's answers."""
+    return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
+
+
+def _refuse(values: Mapping[str, Any], prefixes: tuple[str, ...], hint: str) -> None:
+    if wrong := next((key for key in values if key.startswith(prefixes)), None):
+        raise UserError(f"{wrong} means nothing to this kind of model.", code="option_unknown", hint=hint)
+
+
+def pool_spec(settings: dict[str, Any], kind: ModelType) -> PoolSpec:
+    """Where and how wide to run, from the session's settings; what they leave open, by the kind of model."""
+    gpus, batches = settings["gpus_per_worker"], settings["worker_concurrency"]
     return PoolSpec(
         num_workers=settings["num_workers"],
-        worker_concurrency=settings["worker_concurrency"],
-        gpus_per_worker=settings["gpus_per_worker"],
+        worker_concurrency=batches or (REMOTE_CONCURRENCY if kind.remote else LOCAL_CONCURRENCY),
+        gpus_per_worker=0.0 if kind.remote and gpus is None else gpus,
         cpus_per_worker=settings["cpus_per_worker"],
         resources=tuple(
             sorted(

@@ -47,9 +47,16 @@ LLM_VERBS: Mapping[str, tuple[int, int]] = {
     "wait": (1, 1),
     "cancel": (1, 1),
     "usage": (0, 0),
+    "retry": (0, 1),
+    "cache": (0, 0),
+    "cache clear": (0, 1),
+    "cache prune": (1, 1),
     "help": (0, 1),
 }
 """The `!llm` forms beside setup, with the least and the most arguments of each."""
+
+_TWO_WORDS = frozenset(verb.split()[0] for verb in LLM_VERBS if " " in verb)
+_ARGUMENTS = {"cache prune": ("an age", "30d")}  # what is expected, where it is not a name, and an example
 
 _RUN = 'Write RUN command AS LLM.`path` WHERE action="…" AND key="value" AS result;'
 _LOAD = "LOAD json.`path` AS name;"
@@ -225,7 +232,7 @@ def _llm(reader: Reader, place: Place) -> Setup | Llm:
         reader.fail("Expected a command after !llm", hint="Type !llm help; to see all.")
     if words[0].text.lower() == "setup":
         return _setup(reader, words[1:], place)
-    length = 2 if words[0].text.lower() == "model" else 1
+    length = 2 if words[0].text.lower() in _TWO_WORDS else 1
     verb = " ".join(word.text.lower() for word in words[:length])
     if verb not in LLM_VERBS:
         near = did_you_mean(verb, (*LLM_VERBS, "setup"))
@@ -234,7 +241,8 @@ def _llm(reader: Reader, place: Place) -> Setup | Llm:
     args = words[length:]
     least, most = LLM_VERBS[verb]
     if len(args) < least:
-        reader.fail(f"Expected a name after !llm {verb}", hint=f'Write !llm {verb} "name";')
+        what, example = _ARGUMENTS.get(verb, ("a name", "name"))
+        reader.fail(f"Expected {what} after !llm {verb}", hint=f'Write !llm {verb} "{example}";')
     if len(args) > most:
         takes = "one argument" if most else "no arguments"
         hint = "Is a ; missing before this?"

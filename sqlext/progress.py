@@ -77,7 +77,10 @@ class Progress:
         seconds = time.monotonic() - running.started
         if seconds < QUIET_S:
             return ""
-        return f"{running.answered:,} answers · {running.answered / seconds:,.0f}/s · {seconds:.0f} s"
+        gateways = self._connection.session.functions.gateways().values()
+        ahead = [gateway.asked_ahead(running) for gateway in gateways]
+        still_open = sum(open_calls for _, open_calls in ahead)
+        return rows_line(running.answered, still_open, running.tokens, seconds)
 
     def _tell(self, text: str) -> None:
         with self._lock:
@@ -89,3 +92,27 @@ class Progress:
             elif time.monotonic() >= self._plain_due:
                 self._plain_due = time.monotonic() + PLAIN_S
                 self._console.print(f"… {text}", markup=False, highlight=False)
+
+
+def rows_line(answered: int, still_open: int, tokens: int, seconds: float) -> str:
+    """How far a statement is.
+
+    Args:
+        answered: calls that have their answers.
+        still_open: calls that are known to be wanted too; 0 when nothing is known of what is to come.
+        tokens: of prompts and answers so far.
+        seconds: since the statement began.
+    """
+    known = f" of {answered + still_open:,}" if still_open else ""
+    parts = [f"{answered:,}{known} answers", f"{answered / seconds:,.0f} rows/s", f"{tokens / seconds:,.0f} tokens/s"]
+    if still_open:
+        parts.append(f"{_duration(still_open * seconds / answered)} left")
+    return " · ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """Short, for people: 9 s, 4 min, 2 h 05 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"

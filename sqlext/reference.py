@@ -21,7 +21,16 @@ STATEMENTS = (
     ("!llm models; !llm status [name];", "Deployed models and how they run."),
     ("!llm model exists name; !llm model remove name;", "One row with a boolean; undeploy."),
     ("!llm jobs; !llm job id; !llm logs id; !llm wait id; !llm cancel id;", "Training and batch jobs."),
-    ("!llm usage;", "Calls, tokens and seconds of each model and statement."),
+    ("!llm usage;", "Calls, tokens and seconds of each model and statement; the table `llm_calls` adds the query."),
+    (
+        "!llm retry [statement];",
+        "Ask the failed rows of a statement again, by default of the latest; `llm_errors` lists them.",
+    ),
+    ("!llm cache;", "What is stored of each model's answers; the table `llm_results` holds them."),
+    (
+        "!llm cache clear [name]; !llm cache prune age;",
+        "Forget the stored answers of a model or of all; those older than 30m, 12h, 30d or 4w.",
+    ),
     ("!llm help [word];", "These tables: all, of an action, or of an option."),
     (
         'RUN table AS LLM.`path` WHERE action="…" AND key="value" AS result;',
@@ -41,7 +50,11 @@ STATEMENTS = (
         "A variable, used as ${name}; type defaultParam sets only an unset one, sql runs the value as a query. "
         "A name that DuckDB has a setting for is DuckDB's.",
     ),
-    ("EXPLAIN LLM query;", "What a query would ask of models, without asking."),
+    (
+        "EXPLAIN LLM query;",
+        "What a query would ask of models: rows, calls, what is stored, exact prompt tokens, estimated seconds, and "
+        "whether the budget allows it. No model is called.",
+    ),
     ("SELECT … AS name;", "A query that also binds its result to a name."),
 )
 

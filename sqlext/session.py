@@ -6,33 +6,27 @@ know nothing of each other.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields
 from typing import Any
 
 import duckdb
-import pyarrow as pa
 
-from runtime.gateway import FailedRow, Statement, Usage
+from runtime.errors import SqlextError
+from runtime.gateway import Budget, Budgets, Limits, ResultStore, Statement, default_path
+from runtime.gateway.store import Measured
+from runtime.secrets import redact
 from sqlext import options
 from udfs.context import StatementTable
+from udfs.prompts import PromptOrders
 from udfs.register import HELPER_NAMES, FunctionCatalog
 
-_ERRORS = pa.schema(
-    [("statement", pa.int64()), *((name, pa.string()) for name in ("model", "input_key", "code", "message"))]
-)
-_USAGE = pa.schema(
-    [
-        ("statement", pa.int64()),
-        ("model", pa.string()),
-        *((name, pa.int64()) for name in ("rows", "calls", "reused", "errors", "prompt_tokens", "completion_tokens")),
-        ("seconds", pa.float64()),
-    ]
-)
+MAX_QUERY = 200  # characters of a statement that are kept
 HISTORY = 200  # ended statements whose usage is remembered
 
 
@@ -50,7 +44,7 @@ class Session:
     def __init__(self, raw: duckdb.DuckDBPyConnection) -> None:
         self._admin = raw.cursor()
         self.statements = StatementTable()
-        self.functions = FunctionCatalog(self._admin, self.statements)
+        self.functions = FunctionCatalog(self._admin, self.statements, PromptOrders(self._recall, self._remember))
         self.settings: dict[str, Any] = options.defaults("single")
         self.variables: dict[str, str] = {}
         self.dialect = "duckdb"
@@ -58,38 +52,104 @@ class Session:
         self.on_deploy: Callable[[Any], None] = _ignore
         self.history: deque[Statement] = deque(maxlen=HISTORY)
         self.duckdb_settings = DuckdbSettings(self._ask)
+        self._store: ResultStore | None = None
+        self._budget = Budget(Limits(prefix="session."))
+        self._clocks: dict[int, list[threading.Timer]] = {}
         self._lock = threading.Lock()
         self._reader = raw.cursor()  # a cursor serves one thread at a time
         self._reading = threading.Lock()
 
-    def new_statement(self) -> Statement:
-        """A statement with the session's present settings."""
-        return Statement(self.statements.new_id(), on_error=self.settings["on_error"], cache=self.settings["cache"])
+    def new_statement(self, query: str = "") -> Statement:
+        """A statement with the session's present settings, its clock running."""
+        settings = self.settings
+        self._budget.limits = _limits(settings, "session.")
+        budgets = [Budget(_limits(settings)), self._budget]
+        statement = Statement(
+            self.statements.new_id(),
+            on_error=settings["on_error"],
+            cache=settings["cache"],
+            budgets=Budgets(budgets),
+            query=redact(" ".join(query.split()))[:MAX_QUERY],
+        )
+        self._start_clocks(statement, budgets)
+        return statement
 
     def ended(self, statement: Statement) -> None:
-        """Remember what a statement used."""
+        """Remember what a statement used, and drop what was kept for it."""
         self.statements.discard(statement)
+        for clock in self._clocks.pop(statement.id, ()):
+            clock.cancel()
+        for gateway in self.functions.gateways().values():
+            gateway.forget(statement)
         if statement.usage:
+            self._budget.seconds += time.monotonic() - statement.started
+            self._add_measured(statement)
             with self._lock:
                 self.history.append(statement)
 
-    def errors_table(self) -> pa.Table:
-        """`llm_errors`: the failed rows of all remembered statements, oldest first."""
-        rows = [row for statement in self._known() for row in statement.failed_rows]
-        columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(FailedRow)}
-        return pa.table(columns, _ERRORS)
+    def _add_measured(self, statement: Statement) -> None:
+        """Remember what calls took, for the estimates of EXPLAIN LLM."""
+        gateways = self.functions.gateways()
+        for model, usage in statement.usage.items():
+            fingerprint = gateways[model].pool.spec.fingerprint if model in gateways else ""
+            if self._store and fingerprint and usage.calls:
+                measured = Measured(usage.calls, usage.prompt_tokens, usage.completion_tokens, usage.seconds)
+                with suppress(SqlextError):  # the statement's answers are there; an estimate is not worth an error
+                    self._store.add_measured(fingerprint, measured)
 
-    def usage_table(self) -> pa.Table:
-        """`!llm usage`: what each remembered statement used of each model."""
-        used = [
-            (statement.id, model, usage) for statement in self._known() for model, usage in statement.usage.items()
-        ]
-        columns: dict[str, list[Any]] = {"statement": [u[0] for u in used], "model": [u[1] for u in used]}
-        for field in fields(Usage):
-            columns[field.name] = [round(getattr(usage, field.name), 3) for _, _, usage in used]
-        return pa.table(columns, _USAGE)
+    @property
+    def store(self) -> ResultStore | None:
+        """Where answers are kept beyond the session; opened when it is first needed. None with cache=off.
 
-    def _known(self) -> list[Statement]:
+        Raises:
+            SqlextError: it cannot be opened.
+        """
+        return self._opened_store() if self.settings["cache"] != "off" else self._store
+
+    def stored(self) -> ResultStore | None:
+        """What is stored already, also with cache=off; None when there is nothing. No file is made.
+
+        Raises:
+            SqlextError: it cannot be opened.
+        """
+        return self._opened_store() if default_path().exists() else self._store
+
+    def _opened_store(self) -> ResultStore:
+        with self._lock:
+            if self._store is None:
+                days = self.settings["cache_max_days"]
+                self._store = ResultStore(
+                    default_path(),
+                    max_bytes=int(self.settings["cache_max_mb"] * 1024 * 1024),
+                    max_age_s=None if days is None else days * 86_400.0,
+                )
+            return self._store
+
+    def _recall(self, name: str) -> str | None:
+        return self.store.recall(name) if self.store else None
+
+    def _remember(self, name: str, text: str) -> None:
+        if self.store:
+            self.store.remember(name, text)
+
+    def forget_answers(self, model: str | None = None) -> None:
+        """Drop what `model`, or every model, has answered from memory; the store is left as it is."""
+        for name, gateway in self.functions.gateways().items():
+            if model in (None, name):
+                gateway.forget_answers()
+
+    def _start_clocks(self, statement: Statement, budgets: list[Budget]) -> None:
+        """End the statement when one of the budgets has no time left."""
+        for budget in budgets:
+            if (left := budget.seconds_left) is not None:
+                over = budget.exceeded("max_seconds")
+                clock = threading.Timer(left, functools.partial(statement.fail, over))
+                clock.daemon = True
+                self._clocks.setdefault(statement.id, []).append(clock)
+                clock.start()
+
+    def known_statements(self) -> list[Statement]:
+        """All statements whose figures are remembered, oldest first, those in flight among them."""
         with self._lock:
             return [*self.history, *self.statements.running(), self.statements.default]
 
@@ -117,6 +177,8 @@ class Session:
             self.functions.close()
         for gateway in gateways.values():
             gateway.close()
+        if self._store:
+            self._store.close()
         self._reader.close()
         self._admin.close()
 
@@ -137,6 +199,11 @@ class DuckdbSettings:
             except duckdb.Error as error:
                 self._known[name] = "unrecognized configuration parameter" not in str(error)
         return self._known[name]
+
+
+def _limits(settings: dict[str, Any], prefix: str = "") -> Limits:
+    names = ("max_rows", "max_tokens_total", "max_seconds")
+    return Limits(**{name: settings.get(f"{prefix}{name}") for name in names}, prefix=prefix)
 
 
 def _ignore(event: Any) -> None:

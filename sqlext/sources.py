@@ -1,4 +1,4 @@
-"""Tables in and out: LOAD, SAVE, tables that a run leaves behind, and tables that are made when read."""
+"""Tables in and out: LOAD, SAVE, and tables that a run leaves behind."""
 
 from __future__ import annotations
 
@@ -29,16 +29,6 @@ _STAGED = "sqlext_staged"
 _ROWS = "sqlext_rows"
 # Options of Spark's readers and writers that DuckDB knows by another name, or does by itself.
 _RENAMED = {"inferschema": None, "sep": "delim", "delimiter": "delim", "charset": "encoding"}
-
-
-class LiveTable:
-    """A table that is made anew each time it is read; register it with a DuckDB connection."""
-
-    def __init__(self, table: Callable[[], pa.Table]) -> None:
-        self._table = table
-
-    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
-        return self._table().__arrow_c_stream__(requested_schema)
 
 
 def literal(value: Any) -> str:

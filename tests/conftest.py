@@ -14,6 +14,12 @@ import pytest
 from runtime import cluster
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds answers of another one, or leaves any behind."""
+    monkeypatch.setenv("SQLEXT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[cluster.ClusterInfo]:
     """An in-process cluster with more logical CPUs and GPUs than the machine has; workers can import this folder.

@@ -133,6 +133,35 @@ def load_with_child(spec: ModelSpec) -> FakeEngine:
     return FakeEngine(spec)
 
 
+class Moody(FakeEngine):
+    """A row that begins with «bad» fails for as long as the file `spec.path` exists."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.mood = Path(spec.path)
+
+    def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
+        for row, prompt in enumerate(batch.prompts):
+            text = str(prompt)
+            if text.startswith("bad") and self.mood.exists():
+                yield Answers([row], [None], [""], [0], [0], 0.0, {row: ErrorInfo("moody", "Not today.", attempts=2)})
+            else:
+                yield Answers([row], [text.upper()], ["stop"], [len(text)], [1], 0.0)
+
+
+def load_moody(spec: ModelSpec) -> FakeEngine:
+    return Moody(spec)
+
+
+class Counting(FakeEngine):
+    def count_tokens(self, batch: Batch) -> list[int]:
+        return [len(obey(str(prompt), threading.Event())) for prompt in batch.prompts]
+
+
+def load_counting(spec: ModelSpec) -> FakeEngine:
+    return Counting(spec)
+
+
 class ProbeFails(FakeEngine):
     def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
         yield Answers([0], [None], [""], [0], [0], 0.0, {0: ErrorInfo("nan", "The model answers NaN.")})

@@ -48,6 +48,9 @@ class ScriptedPool:
         outputs = [prompt.upper() for prompt in batch.prompts]
         yield Answers(range(count), outputs, ["stop"] * count, [1] * count, [2] * count, 1.0)
 
+    def count_tokens(self, worker: int, batch: Batch) -> list[int]:
+        return [len(prompt) for prompt in batch.prompts]
+
     def cancel(self, worker: int, batch_id: int) -> None:
         self.cancelled.append(batch_id)
 

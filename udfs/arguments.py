@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.errors import RowError, UserError, did_you_mean
+from runtime.gateway import CACHE_MODES, CacheMode
 from runtime.spec import CallOptions, Message, Value
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -45,16 +46,29 @@ def request_text(text: str | None) -> str | None:
     return found
 
 
+class Said(NamedTuple):
+    """What a call's named options say: what decides its answer, and how stored answers are used (None: not said)."""
+
+    options: CallOptions
+    cache: CacheMode | None
+
+
 @lru_cache(maxsize=1024)
-def to_options(text: str | None) -> CallOptions:
-    """Call options from the JSON of a call's named options; NULL ones are not said.
+def to_said(text: str | None) -> Said:
+    """The JSON of a call's named options, read; NULL ones are not said.
 
     Raises:
         UserError: a value of the wrong type or out of range.
     """
-    if not text:
-        return CallOptions()
-    return options_from({name: value for name, value in json.loads(text).items() if value is not None})
+    said = json.loads(text) if text else {}
+    cache = said.pop("cache", None)
+    if cache is not None and cache not in CACHE_MODES:
+        raise UserError(
+            "cache has no such value.",
+            code="option_value",
+            hint=f"Write cache := {' or '.join(map(repr, CACHE_MODES))}.",
+        )
+    return Said(options_from({name: value for name, value in said.items() if value is not None}), cache)
 
 
 def options_from(said: dict[str, Any]) -> CallOptions:
@@ -129,5 +143,5 @@ _CHECKS = {
     "stop": _stops,
     "seed": _number(0, None, whole=True),
 }
-OPTION_NAMES = tuple(_CHECKS)
+OPTION_NAMES = (*_CHECKS, "cache")
 """The named options of a generating function, in the order its macro lists them."""

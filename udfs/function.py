@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pyarrow as pa
 
 from runtime.errors import ErrorInfo, Fatal, RowError, SqlextError
-from runtime.gateway import Gateway, GatewayClosed, Outcome, Statement
-from runtime.spec import CallOptions, Prompt
+from runtime.gateway import (
+    Asked,
+    FailedCall,
+    Gateway,
+    GatewayClosed,
+    Group,
+    Mode,
+    Outcome,
+    PlainOutcome,
+    Statement,
+)
+from runtime.spec import Prompt
 from udfs import arguments
+from udfs.arguments import Said
 from udfs.context import StatementTable
 from udfs.requests import Request, response
 from udfs.signatures import output_column, row_column
 
 _Columns: TypeAlias = tuple[pa.ChunkedArray, ...]
-EMPTY = Outcome(None)  # of a NULL row: neither asked nor failed
 
 
 class ModelFunction:
@@ -64,20 +74,19 @@ class ModelFunction:
 
     def _value(self, statement: Statement, columns: _Columns) -> pa.Array:
         chunk = _Chunk(columns)
-        gateway, outcomes, _ = self._ask(chunk, statement)
-        for index, outcome in enumerate(outcomes):
-            if outcome.error:
-                _treat_failure(gateway.name, chunk.texts[index] or "", outcome.error, statement)
-        return output_column(gateway.info, [chunk.shown(index, outcome) for index, outcome in enumerate(outcomes)])
+        gateway, outcomes = self._ask(chunk, statement)
+        if statement.mode is Mode.REAL:
+            for index, outcome in enumerate(outcomes):
+                if outcome and outcome[1]:
+                    _treat_failure(gateway, chunk, index, outcome[1], statement)
+        return output_column(gateway.info, chunk.shown(outcomes))
 
     def _row(self, statement: Statement, columns: _Columns) -> pa.Array:
         chunk = _Chunk(columns)
-        gateway, outcomes, reused = self._ask(chunk, statement)
-        shown = [chunk.shown(index, outcome) for index, outcome in enumerate(outcomes)]
-        asked = [text is not None for text in chunk.texts]
-        return row_column(gateway.info, gateway.name, shown, outcomes, reused, asked)
+        gateway, outcomes = self._ask(chunk, statement)
+        return row_column(gateway.info, gateway.name, chunk.shown(outcomes), outcomes, statement.id)
 
-    def _ask(self, chunk: _Chunk, statement: Statement) -> tuple[Gateway, list[Outcome], list[bool]]:
+    def _ask(self, chunk: _Chunk, statement: Statement) -> tuple[Gateway, Asked]:
         while True:
             gateway = self.gateway
             if gateway is None:
@@ -87,7 +96,7 @@ class ModelFunction:
                     hint="It was removed, or deployed anew as another kind of model.",
                 )
             try:
-                return gateway, *chunk.ask(gateway, statement)
+                return gateway, chunk.ask(gateway, statement)
             except GatewayClosed:
                 if self.gateway is gateway:
                     self.gateway = None
@@ -100,50 +109,72 @@ class _Chunk:
         _, prompts, kinds, options, _ = columns
         self.texts: list[str | None] = prompts.to_pylist()
         self._kind = _first(kinds) or arguments.TEXT
-        self._options = options.to_pylist()
+        self._options: list[str | None] = options.to_pylist() if options.null_count < len(options) else []
         self._requests: dict[int, Request] = {}
         if self._kind == arguments.REQUEST:
             self.texts = [arguments.request_text(text) for text in self.texts]
 
-    def ask(self, gateway: Gateway, statement: Statement) -> tuple[list[Outcome], list[bool]]:
+    def ask(self, gateway: Gateway, statement: Statement) -> Asked:
         """Ask for every row that is not NULL, all at once."""
-        outcomes = [EMPTY] * len(self.texts)
-        reused = [False] * len(self.texts)
-        groups: dict[CallOptions, tuple[list[int], list[Prompt]]] = {}
+        if self._kind == arguments.TEXT and None not in self.texts and len(set(self._options)) <= 1:
+            said = arguments.to_said(self._options[0] if self._options else None)
+            texts = cast(list[Prompt], self.texts)
+            return gateway.ask_all([Group(said.options, texts, said.cache)], statement)[0]
+        return self._ask_row_by_row(gateway, statement)
+
+    def question(self, index: int, chat_template: bool) -> tuple[Prompt, Said]:
+        """What row `index` asks; it is not NULL.
+
+        Raises:
+            RowError: it cannot be asked.
+        """
+        text = cast(str, self.texts[index])
+        said = arguments.to_said(self._options[index] if self._options else None)
+        if self._kind == arguments.MESSAGES:
+            return arguments.to_messages(text), said
+        if self._kind == arguments.REQUEST:
+            request = self._requests[index] = Request.from_json(text)
+            asked = arguments.options_from(dict(request.options))
+            return request.prompt(chat_template), Said(said.options.over(asked), said.cache)
+        return text, said
+
+    def failed_call(self, index: int, chat_template: bool) -> FailedCall | None:
+        """What to ask again for a row that failed; None when it cannot be asked, or its answer would not be kept."""
+        try:
+            prompt, said = self.question(index, chat_template)
+        except RowError:
+            return None
+        return FailedCall(said.options, prompt) if said.cache in (None, "on") else None
+
+    def shown(self, outcomes: Asked) -> list[Any]:
+        """The outputs; in Byzer's form where the row was a request for text."""
+        outputs = [outcome[0] if outcome else None for outcome in outcomes]
+        for index, request in self._requests.items():
+            if isinstance(outputs[index], str):
+                outputs[index] = response(Outcome._make(cast(PlainOutcome, outcomes[index])), request)
+        return outputs
+
+    def _ask_row_by_row(self, gateway: Gateway, statement: Statement) -> Asked:
+        outcomes: Asked = [None] * len(self.texts)
+        groups: dict[Said, tuple[list[int], list[Prompt]]] = {}
         for index, text in enumerate(self.texts):
             if text is None:
                 continue
             try:
-                prompt, options = self._question(index, text, gateway.info.chat_template)
+                prompt, said = self.question(index, gateway.info.chat_template)
             except RowError as error:
                 outcomes[index] = Outcome(None, error.info)
-                statement.add(gateway.name, rows=1, errors=1)
+                if statement.mode is Mode.REAL:
+                    statement.add(gateway.name, rows=1, refused=1, errors=1)
                 continue
-            rows, prompts = groups.setdefault(options, ([], []))
+            rows, prompts = groups.setdefault(said, ([], []))
             rows.append(index)
             prompts.append(prompt)
-        answers = gateway.ask_all([(options, prompts) for options, (_, prompts) in groups.items()], statement)
-        for asked, (rows, _) in zip(answers, groups.values(), strict=True):
-            for index, outcome, was_reused in zip(rows, asked.outcomes, asked.reused, strict=True):
+        asked = gateway.ask_all([Group(s.options, prompts, s.cache) for s, (_, prompts) in groups.items()], statement)
+        for found, (rows, _) in zip(asked, groups.values(), strict=True):
+            for index, outcome in zip(rows, found, strict=True):
                 outcomes[index] = outcome
-                reused[index] = was_reused
-        return outcomes, reused
-
-    def shown(self, index: int, outcome: Outcome) -> Any:
-        """The output of a row; in Byzer's form when the row was a request for text."""
-        if index in self._requests and isinstance(outcome.output, str):
-            return response(outcome, self._requests[index])
-        return outcome.output
-
-    def _question(self, index: int, text: str, chat_template: bool) -> tuple[Prompt, CallOptions]:
-        options = arguments.to_options(self._options[index])
-        if self._kind == arguments.MESSAGES:
-            return arguments.to_messages(text), options
-        if self._kind == arguments.REQUEST:
-            request = self._requests[index] = Request.from_json(text)
-            said = arguments.options_from(dict(request.options))
-            return request.prompt(chat_template), options.over(said)
-        return text, options
+        return outcomes
 
 
 def _first(column: pa.ChunkedArray) -> str | None:
@@ -151,13 +182,13 @@ def _first(column: pa.ChunkedArray) -> str | None:
     return value
 
 
-def _treat_failure(model: str, text: str, error: ErrorInfo, statement: Statement) -> None:
+def _treat_failure(gateway: Gateway, chunk: _Chunk, index: int, error: ErrorInfo, statement: Statement) -> None:
     if statement.on_error == "fail":
         raise Fatal(
-            f'A row failed in "{model}": {error.message}',
+            f'A row failed in "{gateway.name}": {error.message}',
             code=error.code,
             hint='on_error is «fail»; with `!llm setup "on_error=record"` the row is listed and the rest goes on.',
         )
     if statement.on_error == "record":
-        key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        statement.record(model, key, error)
+        key = hashlib.sha256((chunk.texts[index] or "").encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        statement.record(gateway.name, key, error, chunk.failed_call(index, gateway.info.chat_template))

@@ -19,7 +19,7 @@ import duckdb
 import pyarrow as pa
 
 from runtime.gateway import Gateway
-from udfs import requests, signatures
+from udfs import prompts, requests, signatures
 from udfs.context import StatementTable
 from udfs.function import ModelFunction
 
@@ -37,10 +37,11 @@ _HELPERS: tuple[tuple[str, Callable[..., Any], pa.DataType, tuple[str, ...], str
         "STRUCT(content VARCHAR, content_id BIGINT)[]",
     ),
 )
-HELPER_NAMES = ("llm_param", "llm_response_predict", *(name for name, *_ in _HELPERS))
-"""Byzer's helper functions; no model can have such a name."""
+HELPER_NAMES = ("prompt", "llm_param", "llm_response_predict", *(name for name, *_ in _HELPERS))
+"""The helper functions, most of them Byzer's; no model can have such a name."""
 
 _HELPER_MACROS = (  # `__udf` becomes the ending of the functions' names in this catalog
+    prompts.MACRO,
     "llm_param(request) AS struct_pack(llm_request := to_json(request)::VARCHAR)",
     "llm_prompt(template, arguments) AS llm_prompt__udf(template::VARCHAR, arguments::VARCHAR[])",
     "llm_result(response) AS llm_result__udf(response::VARCHAR)",
@@ -73,9 +74,15 @@ class FunctionCatalog:
     Args:
         admin: a connection that belongs to this catalog alone and lives as long as it.
         statements: finds the statement that a chunk belongs to.
+        orders: keeps the orders of fields that `prompt` has chosen; None: in memory.
     """
 
-    def __init__(self, admin: duckdb.DuckDBPyConnection, statements: StatementTable) -> None:
+    def __init__(
+        self,
+        admin: duckdb.DuckDBPyConnection,
+        statements: StatementTable,
+        orders: prompts.PromptOrders | None = None,
+    ) -> None:
         self._admin = admin
         self._statements = statements
         self._made: dict[tuple[str, str], _Registered] = {}  # by name and SQL type
@@ -86,6 +93,8 @@ class FunctionCatalog:
         helper = f"__udf{next(_numbers)}"
         for name, function, result, parameters, sql_type in _HELPERS:
             self._create(name + helper, requests.by_row(function, result), parameters, sql_type)
+        orders = orders or prompts.PromptOrders()
+        self._create(f"prompt{helper}", orders.prompts, prompts.PARAMETERS, "VARCHAR")
         self._helper_macros = tuple(macro.replace("__udf", helper) for macro in _HELPER_MACROS)
 
     def put(self, name: str, gateway: Gateway) -> Gateway | None:
@@ -126,6 +135,10 @@ class FunctionCatalog:
         """The gateways in use, by function name."""
         with self._lock:
             return {name: r.function.gateway for name, r in self._current.items() if r.function.gateway}
+
+    def is_model_function(self, name: str) -> bool:
+        """Whether SQL calls a model by `name`, in lower case."""
+        return name.removesuffix("_row") in self._current or name in self._current
 
     def owns(self, name: str) -> bool:
         """Whether a function of DuckDB's with this name was made here."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from runtime.gateway import Outcome
+from runtime.gateway import Outcome, PlainOutcome
 from runtime.spec import CallOptions, EngineInfo, Task
 from udfs.arguments import MESSAGES, OPTION_NAMES, REQUEST, TEXT
 from udfs.context import VARIABLE
@@ -61,8 +61,9 @@ def macro(name: str, function: str, info: EngineInfo, defaults: CallOptions) -> 
     text = f"CASE WHEN {kind} = '{TEXT}' THEN prompt::VARCHAR ELSE to_json(prompt)::VARCHAR END"
     if info.task is not Task.GENERATE:
         return (
-            f"CREATE OR REPLACE TEMP MACRO {quote(name)}(prompt) AS "
-            f"{quote(function)}(getvariable('{VARIABLE}'), {text}, {kind}, NULL, 0)"
+            f"CREATE OR REPLACE TEMP MACRO {quote(name)}(prompt, cache := NULL) AS "
+            f"{quote(function)}(getvariable('{VARIABLE}'), {text}, {kind}, "
+            "CASE WHEN cache IS NULL THEN NULL ELSE to_json(struct_pack(cache := cache))::VARCHAR END, 0)"
         )
     named = ", ".join(f"{option} := NULL" for option in OPTION_NAMES)
     said = " AND ".join(f"{option} IS NULL" for option in OPTION_NAMES)
@@ -91,26 +92,28 @@ def output_column(info: EngineInfo, outputs: Sequence[Any]) -> pa.Array:
 
 
 def row_column(
-    info: EngineInfo,
-    model: str,
-    outputs: Sequence[Any],
-    outcomes: Sequence[Outcome],
-    reused: Sequence[bool],
-    asked: Sequence[bool],
+    info: EngineInfo, model: str, outputs: Sequence[Any], outcomes: Sequence[PlainOutcome | None], statement: int
 ) -> pa.Array:
-    """The `_row` form of every row; a row that was not asked (NULL in) is NULL."""
+    """The `_row` form of every row; a row without an outcome (NULL in) is NULL.
+
+    A row is `cached` when no call was made for it in the statement with this id.
+    """
+    missing = pa.array([outcome is None for outcome in outcomes], pa.bool_())
+    rows = [Outcome._make(outcome) if outcome else _NONE for outcome in outcomes]
     columns = {
         "output": output_column(info, outputs),
-        "error": pa.array([str(o.error) if o.error else None for o in outcomes], pa.string()),
-        "finish_reason": pa.array([o.finish_reason or None for o in outcomes], pa.string()),
-        "prompt_tokens": pa.array([o.prompt_tokens for o in outcomes], pa.int64()),
-        "completion_tokens": pa.array([o.completion_tokens for o in outcomes], pa.int64()),
-        "cached": pa.array(reused, pa.bool_()),
-        "latency_ms": pa.array([o.latency_ms for o in outcomes], pa.float64()),
-        "model": pa.array([model] * len(outcomes), pa.string()),
+        "error": pa.array([str(row.error) if row.error else None for row in rows], pa.string()),
+        "finish_reason": pa.array([row.finish_reason or None for row in rows], pa.string()),
+        "prompt_tokens": pa.array([row.prompt_tokens for row in rows], pa.int64()),
+        "completion_tokens": pa.array([row.completion_tokens for row in rows], pa.int64()),
+        "cached": pa.array([row.statement != statement for row in rows], pa.bool_()),
+        "latency_ms": pa.array([row.latency_ms for row in rows], pa.float64()),
+        "model": pa.array([model] * len(rows), pa.string()),
     }
-    missing = pa.array([not was_asked for was_asked in asked], pa.bool_())
     return pa.StructArray.from_arrays(list(columns.values()), list(columns), mask=missing)
+
+
+_NONE = Outcome(None)
 
 
 def _vectors(outputs: Sequence[Any], dimension: int) -> pa.Array:

@@ -1,9 +1,12 @@
 """The words of `pretrainedModelType`: Byzer's names of model kinds, and what each means here.
 
-Alone because it is a table of old names: the checkpoint itself says what it is, the word only forces a task.
+Alone because it is a table of old names: a checkpoint itself says what it is, the word only forces a task; a remote
+model has no checkpoint, and the word says which engine asks for it.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from runtime.errors import UserError, did_you_mean
 from runtime.spec import Task
@@ -23,15 +26,29 @@ _LATER = {
     "stable_diffusion": "image",
     "bge_rerank": "reranking",
 }
-_SAAS = (
-    *("azure_openai", "official_openai", "openai", "qianfan", "zhipu", "minimax", "sparkdesk"),
+_SAAS = {"openai": "openai", "official_openai": "openai"}
+_SAAS_LATER = (
+    *("azure_openai", "qianfan", "zhipu", "minimax", "sparkdesk"),
     *("baichuan", "qianwen", "chatglm"),
 )
 _TRAINING = ("sft", "sfft", "deepspeed", "lora")
 
 
-def pretrained_model_type(word: str) -> Task | None:
-    """The task a `pretrainedModelType` asks for; None: whatever the checkpoint is made for.
+@dataclass(frozen=True, slots=True)
+class ModelType:
+    """What a word asks for.
+
+    Attributes:
+        task: None: whatever the model is made for.
+        remote: the engine that asks a provider for the model; '' when there is a checkpoint.
+    """
+
+    task: Task | None = None
+    remote: str = ""
+
+
+def pretrained_model_type(word: str) -> ModelType:
+    """The kind of model a `pretrainedModelType` asks for.
 
     Raises:
         UserError: model_type_unavailable for kinds that cannot be deployed yet, model_type_training for the words
@@ -46,15 +63,17 @@ def pretrained_model_type(word: str) -> Task | None:
         )
     if kind in ("", "custom"):
         if name == "auto":
-            return None
+            return ModelType()
         if name in _GENERATE:
-            return Task.GENERATE
+            return ModelType(Task.GENERATE)
         if name in _EMBED:
-            return Task.EMBED
+            return ModelType(Task.EMBED)
         if name in _LATER:
             raise _unavailable(word, f"{_LATER[name]} models")
     if kind == "saas" and name in _SAAS:
-        raise _unavailable(word, "remote models")
+        return ModelType(remote=_SAAS[name])
+    if kind == "saas" and name in _SAAS_LATER:
+        raise _unavailable(word, "models of this provider")
     raise _unknown(word, kind, name)
 
 
@@ -63,13 +82,13 @@ def _unavailable(word: str, what: str) -> UserError:
         f'pretrainedModelType="{word}": {what} are not available yet.',
         code="model_type_unavailable",
         hint="Text generation, embedding and classification checkpoints can be deployed "
-        f'with pretrainedModelType="{AUTO}".',
+        f'with pretrainedModelType="{AUTO}", and OpenAI-compatible services with "saas/openai".',
     )
 
 
 def _unknown(word: str, kind: str, name: str) -> UserError:
     prefix = "saas" if kind and did_you_mean(kind, ("saas", "custom")) == "saas" else "custom"
-    known = _SAAS if prefix == "saas" else ("auto", *_GENERATE, *_EMBED, *_LATER)
+    known = (*_SAAS, *_SAAS_LATER) if prefix == "saas" else ("auto", *_GENERATE, *_EMBED, *_LATER)
     near = did_you_mean(name, known)
     hint = f'Did you mean "{prefix}/{near}"?' if near else f'Write "{AUTO}": the checkpoint says what it is.'
     return UserError(f'There is no pretrainedModelType "{word}".', code="model_type_unknown", hint=hint)

@@ -61,7 +61,7 @@ def _claim(spec: ModelSpec, pool: PoolSpec) -> tuple[int, Handle]:
 
 
 def _create(spec: ModelSpec, pool: PoolSpec, generation: int, index: int) -> Handle:
-    groups = {worker.RUN_GROUP: pool.worker_concurrency, worker.CONTROL_GROUP: worker.CONTROL_THREADS}
+    groups = {worker.RUN_GROUP: pool.worker_concurrency + 1, worker.CONTROL_GROUP: worker.CONTROL_THREADS}
     actor = ray.remote(concurrency_groups=groups)(Worker).options(
         name=_name(spec, generation, index),
         namespace=NAMESPACE,

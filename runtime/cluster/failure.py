@@ -6,19 +6,16 @@ quote a row. So workers send a word and a text, made here.
 
 from __future__ import annotations
 
-import re
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime import errors
 from runtime.errors import ErrorInfo, SqlextError
+from runtime.secrets import quotes, redact
 from runtime.spec import Batch, ModelSpec
 
 MAX_TEXT = 200  # characters of a foreign exception's text that are passed on
-QUOTE = 12  # characters in a row that count as quoting a prompt
-SECRET_NAME = re.compile(r"key|token|secret|password", re.IGNORECASE)
-SECRET_SHAPE = re.compile(r"\b(?:sk|hf|pk|xai|gsk|Bearer)[-_ ][\w\-.]{8,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +65,7 @@ def _text(error: BaseException, spec: ModelSpec, batch: Batch | None) -> str:
         lines = str(error).strip().splitlines()
     except Exception:  # a foreign exception may fail even at that
         return ""
-    text = lines[0][:MAX_TEXT] if lines else ""
-    if batch and _quotes(text, batch):
+    text = lines[0][: 10 * MAX_TEXT] if lines else ""
+    if batch and quotes(text[:MAX_TEXT], batch.prompts, batch.options.system):
         return ""
-    for name, value in spec.options:
-        if isinstance(value, str) and len(value) >= 6 and SECRET_NAME.search(name):
-            text = text.replace(value, "***")
-    return SECRET_SHAPE.sub("***", text)
-
-
-def _quotes(text: str, batch: Batch) -> bool:
-    prompts = [
-        content
-        for prompt in batch.prompts
-        for content in ([prompt] if isinstance(prompt, str) else [m.content for m in prompt])
-    ]
-    if any(len(prompt) >= 3 and prompt in text for prompt in prompts):
-        return True
-    everything = "\n".join([*prompts, batch.options.system or ""])
-    return any(text[start : start + QUOTE] in everything for start in range(len(text) - QUOTE + 1))
+    return redact(text, spec.options)[:MAX_TEXT]  # not cut before, or half a key would be no key any more

@@ -14,6 +14,8 @@ from runtime.cluster.seat import Seat, WorkerGone
 from runtime.errors import Fatal, WorkerLost
 from runtime.spec import Answers, Batch, EngineInfo, ModelSpec, PoolSpec
 
+COUNT_ATTEMPTS = 3  # nothing is lost by counting again: a worker may die, be found gone, and be found anew
+
 
 class Pool:
     """Workers by number. Thread-safe; made by `deploy` and `attach`.
@@ -71,6 +73,19 @@ class Pool:
                 yield from self._seat(worker).run(batch)
             except WorkerGone:
                 raise WorkerLost(f'The workers of "{self.name}" were replaced while it was asked.') from None
+
+    def count_tokens(self, worker: int, batch: Batch) -> Sequence[int] | None:
+        """Tokens of each prompt as the model reads it; None when the engine cannot know. Raises as `run`."""
+        lost = WorkerLost(f'The workers of "{self.name}" were replaced while it was asked.')
+        for _ in range(COUNT_ATTEMPTS):
+            seats = self._seats
+            try:
+                return self._seat(worker).count_tokens(batch)
+            except WorkerLost as error:
+                lost = error
+            except WorkerGone:
+                self._find_anew(seats)
+        raise lost
 
     def cancel(self, worker: int, batch_id: int) -> None:
         """Nobody wants the batch any more: best effort, returns at once."""

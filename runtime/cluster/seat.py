@@ -82,6 +82,22 @@ class Seat:
             if not ended:  # the caller closed the iterator, or the worker hung
                 self.cancel(batch.id)
 
+    def count_tokens(self, batch: Batch) -> list[int] | None:
+        """Tokens of each prompt, without waiting for batches; None when the engine cannot know. Raises as `run`."""
+        self._revive()
+        limit_s = self._pool.load_timeout_s + self._pool.batch_timeout_s  # a restarted worker loads first
+        try:
+            counted = ray.get(self._handle.count_tokens.remote(batch), timeout=limit_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise Fatal(f"Tokens were not counted in {limit_s:g} s by {self._name}.", code="worker_hung") from error
+        except ray.exceptions.RayError as error:
+            self._lost.set()
+            raise WorkerLost(f"The process of {self._name} ended while it counted tokens.") from error
+        if isinstance(counted, Failure):
+            raise counted.error()
+        found: list[int] | None = counted
+        return found
+
     def cancel(self, batch_id: int) -> None:
         """Ask the worker to end that batch soon; returns at once."""
         actors.control(self._handle, "cancel", _key(batch_id))

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import psutil
@@ -23,12 +23,12 @@ from runtime.cluster.failure import Failure, failure
 from runtime.cluster.parcels import Parcel, parcels
 from runtime.engines import Engine, loader
 from runtime.errors import DeployError
-from runtime.spec import Batch, CallOptions, EngineInfo, ModelSpec, PoolSpec, Task
+from runtime.spec import Answers, Batch, CallOptions, EngineInfo, ModelSpec, PoolSpec, Task
 
 GATHER_S = 0.02
 REMEMBERED_CANCELS = 256  # cancels that came before their batch had begun
 
-RUN_GROUP = "run"  # Ray concurrency groups: batches,
+RUN_GROUP = "run"  # Ray concurrency groups: batches, one more than run, so that the next is there when one ends,
 CONTROL_GROUP = "control"  # and questions that are answered while batches run and while the model loads
 CONTROL_THREADS = 4
 
@@ -83,6 +83,7 @@ class Worker:
         self._index = index
         self._generation = generation
         self._engine: Engine | None = None
+        self._info: EngineInfo | None = None
         self._deployed = _restarted()
         self._loading = threading.Lock()
         self._threads = ThreadPoolExecutor(pool.worker_concurrency, thread_name_prefix="engine")
@@ -100,14 +101,26 @@ class Worker:
         """Load the engine and let it answer one row; again when it is loaded already does nothing."""
         with self._loading:
             if self._engine is None:
-                self._begin("load", self._pool.load_timeout_s)
+                self._begin("load")
+                self._count_down("load", self._pool.load_timeout_s)
                 try:
-                    self._engine = self._loaded()
+                    self._engine, self._info = self._loaded()
                 except BaseException as error:  # SystemExit too: Ray would take the actor down for good
                     return failure(error, self._spec)
                 finally:
                     self._end("load")
-            return self._engine.info
+            return cast(EngineInfo, self._info)
+
+    def count_tokens(self, batch: Batch) -> list[int] | Failure | None:
+        """Tokens of each prompt, without waiting for batches; None when the engine cannot know."""
+        loaded = self.load()
+        if isinstance(loaded, Failure):
+            return Failure("Fatal", loaded.info)
+        count = getattr(self._engine, "count_tokens", None)
+        try:
+            return count(batch) if count else None
+        except BaseException as error:
+            return failure(error, self._spec, batch)
 
     # -- RUN_GROUP ----------------------------------------------------------------------------------------------
 
@@ -122,11 +135,16 @@ class Worker:
             yield Failure("Fatal", loaded.info)
             return
         engine = cast(Engine, self._engine)
-        stop = self._begin(key, self._pool.batch_timeout_s)
+        stop = self._begin(key)
+
+        def pieces() -> Iterator[Answers]:
+            self._count_down(key, self._pool.batch_timeout_s)
+            return engine.run(batch, stop)
+
         try:
             if stop.is_set():
                 return
-            for parcel in parcels(lambda: engine.run(batch, stop), self._threads, GATHER_S):
+            for parcel in parcels(pieces, self._threads, GATHER_S):
                 self._count(parcel)
                 yield parcel
         except GeneratorExit:
@@ -168,12 +186,12 @@ class Worker:
                 generation=self._generation,
                 spec=self._spec,
                 pool=self._pool,
-                info=self._engine.info if self._engine else None,
+                info=self._info,
                 deployed=self._deployed,
-                ready=self._engine is not None,
+                ready=self._info is not None,
                 pid=os.getpid(),
                 node=socket.gethostname(),
-                busy=len(self._stops) - ("load" in self._stops),
+                busy=len(self._due) - ("load" in self._due),
                 requests=self._requests,
                 rows=self._rows,
                 prompt_tokens=self._prompt_tokens,
@@ -185,25 +203,31 @@ class Worker:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _loaded(self) -> Engine:
+    def _loaded(self) -> tuple[Engine, EngineInfo]:
         engine = loader(self._spec.engine)(self._spec)
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(_threads(self._pool))
-        _probe(engine, self._spec)
-        return engine
+        tokens = _probe(engine, self._spec)
+        return engine, replace(engine.info, overhead_tokens=tokens)
 
-    def _begin(self, key: str, limit_s: float) -> threading.Event:
+    def _begin(self, key: str) -> threading.Event:
         with self._lock:
             stop = self._stops[key] = threading.Event()
             if key in self._cancelled:
                 self._cancelled.remove(key)
                 stop.set()
-            self._due[key] = time.monotonic() + limit_s
             return stop
+
+    def _count_down(self, key: str, limit_s: float) -> None:
+        """The work begins, and counts as hung after `limit_s`."""
+        with self._lock:
+            if key in self._stops:
+                self._due[key] = time.monotonic() + limit_s
 
     def _end(self, key: str) -> None:
         with self._lock:
-            del self._stops[key], self._due[key]
+            del self._stops[key]
+            self._due.pop(key, None)
             if key != "load":
                 self._requests += 1
                 self._last_work = time.time()
@@ -216,8 +240,8 @@ class Worker:
                 self._completion_tokens += int(sum(answers.completion_tokens))
 
 
-def _probe(engine: Engine, spec: ModelSpec) -> None:
-    """Answer one row, so that a model that loads and cannot run is found when it is deployed."""
+def _probe(engine: Engine, spec: ModelSpec) -> int:
+    """Answer one row, so that a model that loads and cannot run is found when it is deployed; its prompt's tokens."""
     options = CallOptions(max_tokens=1) if engine.info.task is Task.GENERATE else CallOptions()
     batch = Batch(0, options.over(spec.defaults), ["ok"])
     pieces = list(engine.run(batch, threading.Event()))
@@ -228,6 +252,7 @@ def _probe(engine: Engine, spec: ModelSpec) -> None:
             )
     if [row for piece in pieces for row in piece.rows] != [0]:
         raise DeployError("It loaded but gave no answer to a first row.", code="probe_failed")
+    return int(sum(sum(piece.prompt_tokens) for piece in pieces))
 
 
 def _restarted() -> bool:

@@ -37,6 +37,16 @@ class Engine(Protocol):
         """
         ...
 
+    def count_tokens(self, batch: Batch) -> list[int] | None:
+        """Tokens of each prompt of `batch`, exactly as `run` counts `prompt_tokens`; 0 for one that cannot be asked.
+
+        None when the engine cannot know, as may be said by leaving the method out. May be called while `run` works.
+
+        Raises:
+            SqlextError: the options of the batch are wrong.
+        """
+        ...
+
     def close(self) -> None:
         """Give back the memory."""
         ...

@@ -22,7 +22,7 @@ from runtime.engines.loading import (
     place,
     whole_number,
 )
-from runtime.engines.reading import OPTIONS, answers_to_texts, batch_bounds, piece_of
+from runtime.engines.reading import OPTIONS, answers_to_texts, batch_bounds, piece_of, tokens_of_texts
 from runtime.spec import Answers, Batch, EngineInfo, ModelSpec, Task
 
 _Read: TypeAlias = tuple[dict[str, list[list[int]]], set[int]]  # features by name and text; the texts that were cut
@@ -53,6 +53,10 @@ class ClassificationEngine:
             OutOfMemory: a piece does not fit.
         """
         return answers_to_texts(batch, stop, self._piece, self._read, self._answer)
+
+    def count_tokens(self, batch: Batch) -> list[int]:
+        """Tokens that the model reads of each text."""
+        return tokens_of_texts(batch, self._read)
 
     def close(self) -> None:
         """Give back the memory."""

@@ -15,13 +15,20 @@ class EchoEngine:
         self.info = EngineInfo(engine="echo", task=Task.GENERATE, max_batch_rows=2048)
 
     def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
-        texts = [p if isinstance(p, str) else p[-1].content for p in batch.prompts]
-        lengths = [len(text) for text in texts]
+        texts = _texts(batch)
+        lengths = list(map(len, texts))
         count = len(texts)
         yield Answers(range(count), texts, ["stop"] * count, lengths, lengths, 0.0)
 
+    def count_tokens(self, batch: Batch) -> list[int]:
+        return list(map(len, _texts(batch)))
+
     def close(self) -> None:
         pass
+
+
+def _texts(batch: Batch) -> list[str]:
+    return [prompt if isinstance(prompt, str) else prompt[-1].content for prompt in batch.prompts]
 
 
 def load(spec: ModelSpec) -> EchoEngine:

@@ -36,6 +36,14 @@ def batch_bounds(piece: tuple[int, int]) -> tuple[int, int]:
     return PIECES * piece[0], PIECES * piece[1] * CHARS_PER_PIECE_TOKEN
 
 
+def tokens_of_texts(batch: Batch, read: Callable[[list[str]], tuple[Any, list[int]]]) -> list[int]:
+    """Tokens that the model reads of each text, 0 for what is no text; `read` as for `answers_to_texts`."""
+    texts, _ = texts_of(batch)
+    lengths = read(list(texts.values()))[1] if texts else []
+    counted = dict(zip(texts, lengths, strict=True))
+    return [counted.get(index, 0) for index in range(len(batch.prompts))]
+
+
 def answers_to_texts(
     batch: Batch,
     stop: threading.Event,

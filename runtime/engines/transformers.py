@@ -31,7 +31,7 @@ from runtime.engines.loading import (
 from runtime.engines.microbatch import failed
 from runtime.engines.sampling import Sampling, sampling
 from runtime.errors import ErrorInfo, Fatal, RowError, UserError
-from runtime.prompts.chat import Rendered, fit_answer, render
+from runtime.prompts.chat import DEFAULT_MAX_TOKENS, Rendered, fit_answer, render
 from runtime.spec import Answers, Batch, EngineInfo, ModelSpec, Task, Value
 
 OPTIONS = ("dtype", "quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
@@ -80,13 +80,23 @@ class TransformersEngine:
             for finished in decode(self._model, rows, settings, self._limits, ended=ended, stop=stop):
                 yield self._answers(finished, settings, _ms_since(begun))
 
+    def count_tokens(self, batch: Batch) -> list[int]:
+        """Tokens of each prompt with all that the chat template adds; 0 for one that cannot be asked."""
+        read, _ = self._read(batch)
+        return [len(read[index][0]) if index in read else 0 for index in range(len(batch.prompts))]
+
     def close(self) -> None:
         """Give back the memory."""
         self._model = None
         free_memory()
 
     def _rows(self, batch: Batch, settings: Sampling) -> tuple[list[Row], dict[int, ErrorInfo]]:
-        """The rows that can be answered, tokenised at once, and the errors of the others."""
+        """The rows that can be answered, and the errors of the others."""
+        read, errors = self._read(batch)
+        return [Row(index, ids, limit, settings.draws(ids)) for index, (ids, limit) in read.items()], errors
+
+    def _read(self, batch: Batch) -> tuple[dict[int, tuple[list[int], int]], dict[int, ErrorInfo]]:
+        """Token ids and limit of new tokens of each row that can be asked, tokenised at once; the others' errors."""
         rendered: dict[int, Rendered] = {}
         errors: dict[int, ErrorInfo] = {}
         for index, prompt in enumerate(batch.prompts):
@@ -94,14 +104,13 @@ class TransformersEngine:
                 rendered[index] = render(self._tokenizer, prompt, batch.options.system)
             except RowError as error:
                 errors[index] = error.info
-        rows = []
+        read: dict[int, tuple[list[int], int]] = {}
         for index, ids in zip(rendered, self._token_ids(list(rendered.values())), strict=True):
             try:
-                limit = fit_answer(len(ids), batch.options.max_tokens, self.info.max_model_len)
-                rows.append(Row(index, ids, limit, settings.draws(ids)))
+                read[index] = ids, fit_answer(len(ids), batch.options.max_tokens, self.info.max_model_len)
             except RowError as error:
                 errors[index] = error.info
-        return rows, errors
+        return read, errors
 
     def _token_ids(self, rendered: list[Rendered]) -> list[list[int]]:
         """Token ids of each text. An empty one becomes the token that starts a text, as a model needs one to read."""
@@ -174,6 +183,7 @@ def load(spec: ModelSpec) -> TransformersEngine:
         max_model_len=min((each for each in (own_len, asked_len) if each), default=None),
         max_batch_rows=BATCHES_AHEAD * limits.rows,
         max_batch_chars=BATCHES_AHEAD * limits.rows * CHARS_PER_ROW,
+        max_answer_tokens=spec.defaults.max_tokens or DEFAULT_MAX_TOKENS,
         architectures=checkpoint.architectures,
         chat_template=bool(tokenizer.chat_template),
         notes=placement.notes,

@@ -1,20 +1,26 @@
-"""A call: one distinct question to a model, the rows that wait for it, and its outcome.
+"""A call: one distinct question to a model, who waits for it, and its outcome.
 
-Millions of these are made in a query, so they are plain slotted objects and tuples.
+Millions of these are made in a query, so calls are plain slotted objects and outcomes plain tuples, which Python's
+garbage collector soon stops looking at: as objects, half of the time of a fast query went into collecting them.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from runtime.errors import ErrorInfo, SqlextError
 from runtime.gateway.statement import Statement
 from runtime.spec import CallOptions, Prompt
 
+if TYPE_CHECKING:
+    from runtime.gateway.memory import Lane
+
 
 class Outcome(NamedTuple):
-    """What became of a call: an output or an error, never both."""
+    """What became of a call: an output or an error, never both. `statement` is the id of the one that paid for it."""
 
     output: Any
     error: ErrorInfo | None = None
@@ -22,38 +28,43 @@ class Outcome(NamedTuple):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     latency_ms: float = 0.0
-
-    @property
-    def outcome(self) -> Outcome:
-        """Itself: what is known already stands beside calls that are settled later."""
-        return self
+    statement: int = 0
 
 
-class Asked(NamedTuple):
-    """The answer to one `Gateway.ask`: a column of outcomes in the order of the prompts.
+PlainOutcome: TypeAlias = tuple[Any, ErrorInfo | None, str, int, int, float, int]
+"""The fields of an `Outcome` as a plain tuple."""
 
-    `reused[i]` is True when row i needed no model call of its own: an equal question had been asked before it.
-    """
+output_of = itemgetter(0)
+error_of = itemgetter(1)
 
-    outcomes: list[Outcome]
-    reused: list[bool]
+Asked: TypeAlias = list[PlainOutcome | None]
+"""One outcome for each prompt, in their order; None where the answer is not known (never in the real run)."""
 
 
 class Ticket:
-    """One waiting `ask`: counts down its open calls and wakes the thread at the last one."""
+    """Someone who waits for calls: an `ask` that blocks, or a statement that had them asked ahead.
 
-    __slots__ = ("done", "failure", "open_calls", "statement")
+    Counts down the open calls and wakes the thread at the last one.
+    """
 
-    def __init__(self, statement: Statement) -> None:
+    __slots__ = ("done", "failure", "open_calls", "over", "passes", "statement")
+
+    def __init__(self, statement: Statement, passes: int = 0) -> None:
         self.statement = statement
+        self.passes = passes  # for calls asked ahead: in which pass; 0 for a waiting `ask`
         self.open_calls = 0
         self.done = threading.Event()
         self.failure: SqlextError | None = None
+        self.over = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether it still wants answers."""
+        return self.failure is None and not self.over and not self.statement.cancelled
 
     def count_down(self) -> None:
         """One call has its outcome. Called under the gateway's lock."""
         self.open_calls -= 1
-        self.statement.answered += 1
         if self.open_calls == 0:
             self.done.set()
 
@@ -66,32 +77,59 @@ class Ticket:
 class Call:
     """One question, asked once for all rows that ask it.
 
-    Args:
-        lane: the open calls that others may join, by prompt; None when nobody may.
+    Attributes:
+        home: the lane where it can be joined and its outcome is remembered; None when nobody may join it.
+        key: name of its answer in the result store; None when it is not stored.
+        reserved: tokens set aside for it in its statement's budgets while it is under way; None otherwise.
     """
 
-    __slots__ = ("keep", "lane", "losses", "options", "outcome", "prompt", "size", "statement_id", "tickets")
+    __slots__ = (
+        "attempts",
+        "home",
+        "key",
+        "losses",
+        "options",
+        "outcome",
+        "prompt",
+        "reserved",
+        "seconds",
+        "sent",
+        "since",
+        "size",
+        "statement",
+        "tickets",
+    )
 
     def __init__(
-        self, prompt: Prompt, options: CallOptions, statement_id: int, keep: bool, lane: dict[Prompt, Call] | None
+        self,
+        prompt: Prompt,
+        options: CallOptions,
+        statement: Statement,
+        home: Lane | None = None,
+        key: bytes | None = None,
     ) -> None:
         self.prompt = prompt
         self.options = options
         self.size = len(prompt) if isinstance(prompt, str) else sum(len(m.content) for m in prompt)
-        self.statement_id = statement_id
-        self.keep = keep  # may answer later statements too
-        self.lane = lane
-        self.outcome: Outcome | None = None
+        self.statement = statement
+        self.home = home
+        self.key = key
+        self.outcome: PlainOutcome | None = None
         self.tickets: list[Ticket] = []
+        self.attempts = 0  # that ended with a failure which may pass
         self.losses = 0  # times it was alone in a batch that came back without an answer
+        self.seconds = 0.0  # that its attempts and the delays between them took, of the row's deadline
+        self.sent = 0.0  # monotonic time when it was last sent
+        self.since = 0.0  # monotonic time: an answer to another row after it shows that the model is well
+        self.reserved: int | None = None
 
     @property
     def wanted(self) -> bool:
-        """Whether any row still waits for it."""
-        return any(ticket.failure is None for ticket in self.tickets)
+        """Whether anyone still waits for it."""
+        return any(ticket.waits for ticket in self.tickets)
 
-    def settle(self, outcome: Outcome) -> None:
-        """Give the outcome to every waiting row. Called under the gateway's lock."""
+    def settle(self, outcome: PlainOutcome) -> None:
+        """Give the outcome to everyone who waits. Called under the gateway's lock."""
         self.outcome = outcome
         for ticket in self.tickets:
             ticket.count_down()
@@ -100,5 +138,10 @@ class Call:
     def shut(self) -> None:
         """Nobody waits for it, and nobody may join it any more. Called under the gateway's lock."""
         self.tickets = []
-        if self.lane is not None and self.lane.get(self.prompt) is self:
-            del self.lane[self.prompt]
+        if self.home is not None and self.home.open.get(self.prompt) is self:
+            del self.home.open[self.prompt]
+
+
+def wanted(calls: Sequence[Call]) -> bool:
+    """Whether anyone waits for any of them."""
+    return any(call.wanted for call in calls)

@@ -1,30 +1,53 @@
-"""Outcomes kept in memory, so that equal questions cost nothing while they are remembered.
+"""Outcomes kept in memory, and the calls under way: a lane for each set of options.
 
 Bounded by bytes: two generations, of which the older is dropped whole when the younger is full; what is used again
-moves to the younger. Outcomes are kept as plain tuples of plain values, which Python's garbage collector soon stops
-looking at: as objects, half of the time of a fast query went into collecting them.
-Not thread-safe; the gateway holds its lock around every call.
+moves to the younger. Not thread-safe; the gateway holds its lock around every call.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
-from runtime.gateway.call import Call, Outcome
-from runtime.gateway.statement import Statement
+from runtime.gateway.call import Call, PlainOutcome, output_of
 from runtime.spec import CallOptions, Prompt
 
 OVERHEAD_BYTES = 250  # of one entry, beside its texts
-_FIELDS = len(Outcome._fields)
 
-Lane: TypeAlias = dict[Prompt, tuple[Any, ...]]
-"""By prompt: the fields of its outcome, the statement that asked, whether later statements may use it."""
+
+class Lane:
+    """Calls with one set of options: finished ones (in two generations) and open ones, by prompt."""
+
+    __slots__ = ("_memory", "old", "open", "young")
+
+    def __init__(self, memory: OutcomeMemory) -> None:
+        self._memory = memory
+        self.young: dict[Prompt, PlainOutcome] = {}
+        self.old: dict[Prompt, PlainOutcome] = {}
+        self.open: dict[Prompt, Call] = {}
+
+    def find(self, prompts: Sequence[Prompt]) -> list[PlainOutcome | None]:
+        """The outcomes that are remembered, None for the others; what is used again is remembered longer."""
+        found: list[PlainOutcome | None] = list(map(self.young.get, prompts))
+        if self.old and None in found:
+            older = list(map(self.old.get, prompts))
+            if any(older):
+                again = {prompt: outcome for prompt, outcome in zip(prompts, older, strict=True) if outcome}
+                for prompt in again:
+                    del self.old[prompt]
+                self.remember(list(again), list(again.values()))
+                found = [young or old for young, old in zip(found, older, strict=True)]
+        return found
+
+    def remember(self, prompts: Sequence[Prompt], outcomes: Sequence[PlainOutcome]) -> None:
+        """Keep these outcomes."""
+        self.young.update(zip(prompts, outcomes, strict=True))
+        self._memory.count(prompts, outcomes)
 
 
 class OutcomeMemory:
-    """Outcomes by the call's options and prompt.
+    """The lanes of one model.
 
     Args:
         max_bytes: bound on texts and vectors kept, with an estimate of what holds them.
@@ -32,71 +55,43 @@ class OutcomeMemory:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes // 2  # of one generation
-        self._young: dict[CallOptions, Lane] = {}
-        self._old: dict[CallOptions, Lane] = {}
+        self._lanes: dict[CallOptions, Lane] = {}
         self._bytes = 0
 
     def __len__(self) -> int:
-        return sum(len(lane) for lanes in (self._young, self._old) for lane in lanes.values())
+        return sum(len(lane.young) + len(lane.old) for lane in self._lanes.values())
 
-    def view(self, options: CallOptions, statement: Statement) -> OutcomeView:
-        """What is remembered of calls with these options, for `statement`; valid while the lock is held."""
-        self._make_room()
-        return OutcomeView(self, self._young.setdefault(options, {}), self._old.get(options, {}), statement)
+    def lane(self, options: CallOptions) -> Lane:
+        """The lane of these options."""
+        lane = self._lanes.get(options)
+        if lane is None:
+            lane = self._lanes[options] = Lane(self)
+        return lane
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._young, self._old, self._bytes = {}, {}, 0
+    def forget(self) -> None:
+        """Drop every outcome; what open calls are answered is kept nowhere, and nobody may join them."""
+        for lane in self._lanes.values():
+            for call in lane.open.values():
+                call.home = call.key = None
+        self._lanes = {}
+        self._bytes = 0
 
-    def remember(self, options: CallOptions, calls: Iterable[Call]) -> None:
-        """Keep the outcomes of settled calls; a failure answers only its own statement."""
-        self._make_room()
-        lane = self._young.setdefault(options, {})
-        for call in calls:
-            outcome = call.outcome
-            if outcome is not None:
-                keep = call.keep and outcome.error is None
-                lane[call.prompt] = (*outcome, call.statement_id, keep)
-                self.count(call.prompt, outcome.output)
-
-    def count(self, prompt: Prompt, output: Any) -> None:
-        """An entry came into the younger generation."""
-        self._bytes += OVERHEAD_BYTES + _bytes(prompt) + _bytes(output)
-
-    def _make_room(self) -> None:
+    def count(self, prompts: Sequence[Prompt], outcomes: Sequence[PlainOutcome]) -> None:
+        """Entries came into the younger generation; it becomes the older one when it is full."""
+        self._bytes += len(prompts) * OVERHEAD_BYTES + _bytes(prompts) + _bytes(list(map(output_of, outcomes)))
         if self._bytes > self._max_bytes:
-            self._old, self._young, self._bytes = self._young, {}, 0
+            self._bytes = 0
+            for options, lane in list(self._lanes.items()):
+                lane.old, lane.young = lane.young, {}
+                if not (lane.old or lane.open):
+                    del self._lanes[options]
 
 
-class OutcomeView:
-    """The remembered outcomes of one set of options, as one statement may use them."""
-
-    __slots__ = ("_memory", "_old", "_reads", "_statement_id", "_young")
-
-    def __init__(self, memory: OutcomeMemory, young: Lane, old: Lane, statement: Statement) -> None:
-        self._memory = memory
-        self._young = young
-        self._old = old
-        self._statement_id = statement.id
-        self._reads = statement.cache != "off"
-
-    def find(self, prompt: Prompt) -> Outcome | None:
-        """The outcome for `prompt`, or None when none is remembered that the statement may use."""
-        entry = self._young.get(prompt)
-        if entry is None:
-            entry = self._old.pop(prompt, None)
-            if entry is None:
-                return None
-            self._young[prompt] = entry
-            self._memory.count(prompt, entry[0])
-        *fields, statement_id, keep = entry
-        if statement_id == self._statement_id or (keep and self._reads):
-            return Outcome(*fields)
-        return None
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, str):
-        return sys.getsizeof(value)
-    size: int = getattr(value, "nbytes", 0) or sys.getsizeof(value)
-    return size
+def _bytes(values: Sequence[Any]) -> int:
+    """Memory of texts, conversations or vectors, taking all to be of the first one's kind."""
+    first = values[0] if values else None
+    if isinstance(first, str):
+        return sum(map(sys.getsizeof, values))
+    if isinstance(first, tuple):
+        return sum(sys.getsizeof(getattr(part, "content", part)) for value in values for part in value)
+    return len(values) * int(getattr(first, "nbytes", 0) or sys.getsizeof(first))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from runtime.errors import UserError, did_you_mean
 
-POLICIES = ("lru", "round_robin")
+POLICIES = ("lru", "round_robin", "prefix")
 
 
 class Slots:
@@ -17,7 +17,8 @@ class Slots:
         workers: number of workers.
         running: batches a worker runs at once; one more may wait in its queue, so that it is never idle.
         policy: 'lru' gives a batch to the least loaded worker, the one longest without work first;
-            'round_robin' goes around the workers in turn.
+            'round_robin' goes around the workers in turn; 'prefix' chooses as 'lru', and the queue finds the rows
+            that suit the worker.
     """
 
     def __init__(self, workers: int, running: int, policy: str) -> None:

@@ -237,3 +237,37 @@ def test_ctrl_c_reaches_no_worker(deploy, name):
     os.kill(pid, signal.SIGINT)
     assert outputs(pool, 0, batch("a")) == ["A"]
     assert pids(name) == [pid]
+
+
+def test_tokens_are_counted_beside_a_batch(deploy, name):
+    """Counting does not wait for the batch that keeps the worker busy, and disturbs no one."""
+    pool = deploy("echo")
+    assert pool.count_tokens(0, batch("a", "four", "")) == [1, 4, 0]
+    assert pool.info.overhead_tokens == 2  # the probe's "ok"
+    busy = deploy("load_counting")
+    pieces = busy.run(0, batch("a", "wait 60"))
+    next(pieces)
+    assert busy.count_tokens(0, batch("a", "four")) == [1, 4]
+    pieces.close()
+
+
+def test_an_engine_that_cannot_count_says_none(deploy):
+    """An engine without the method is no error."""
+    assert deploy().count_tokens(0, batch("a")) is None
+
+
+def test_counting_survives_a_dead_worker_and_another_deployment(deploy, name):
+    """A dead worker's question goes to its replacement; that of an old generation to the new one."""
+    pool = deploy("load_counting")
+    os.kill(pids(name)[0], signal.SIGKILL)
+    assert pool.count_tokens(0, batch("four")) == [4]
+    deploy("load_counting")
+    cluster.remove(name, generation=pool.generation)
+    assert pool.count_tokens(0, batch("four")) == [4]
+
+
+def test_a_failure_to_count_is_an_error_of_ours(deploy):
+    """What the engine raises while it counts arrives as it does from a batch."""
+    with pytest.raises(Fatal) as raised:
+        deploy("load_counting").count_tokens(0, batch("raise fatal"))
+    assert raised.value.code == "closed"

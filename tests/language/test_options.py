@@ -55,7 +55,7 @@ def test_the_parser_and_the_table_know_the_same_presets() -> None:
 def test_defaults_are_those_of_the_pool() -> None:
     """A session that set nothing deploys as `PoolSpec` says."""
     pool, known = PoolSpec(), options.defaults("single")
-    for name in ("num_workers", "worker_concurrency", "gpus_per_worker", "cpus_per_worker", "load_balance"):
+    for name in ("num_workers", "gpus_per_worker", "cpus_per_worker", "load_balance"):
         assert known[name] == getattr(pool, name)
     assert known["load_timeout"] == pool.load_timeout_s
     assert known["timeout"] == pool.batch_timeout_s

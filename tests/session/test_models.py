@@ -205,7 +205,7 @@ def test_what_cannot_be_placed_or_is_misspelt_is_said_at_once(con, deploy, check
             "llama2",
         ),
         (
-            'RUN command AS LLM.`{path}` WHERE action="infer" AND udfName="m" AND pretrainedModelType="saas/openai"',
+            'RUN command AS LLM.`{path}` WHERE action="infer" AND udfName="m" AND pretrainedModelType="saas/zhipu"',
             "not available",
         ),
         (

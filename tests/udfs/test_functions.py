@@ -474,7 +474,7 @@ def test_a_million_rows_pass_in_constant_memory(db: Database):
     replaced.close()
     rows = db.rows("SELECT count(chat(i)), min(length(chat(i))) FROM range(200000) r(i)")
     assert rows == [(200_000, 1)]
-    assert len(db.functions.gateways()["chat"]._memory) < 5000
+    assert len(db.functions.gateways()["chat"]._known) < 5000
 
 
 BYZER = [

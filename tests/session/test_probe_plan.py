@@ -1,0 +1,328 @@
+"""Which statements are worth running ahead: DuckDB's own trees and plans, with functions that count what they see."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from sqlext.probe import Probe, plan
+
+# As the session makes them: the Python function, and the temporary macro over it.
+MODELS = {"chat": "chat__udf12", "judge": "judge__udf13"}
+
+
+def is_model(name: str) -> bool:
+    return name in MODELS or name in MODELS.values()
+
+
+class Models:
+    """Two model functions and what they were asked; `answering` is off in a probe."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection) -> None:
+        self.asked: set[tuple[str, str]] = set()
+        self.answering = True
+        for name, function in MODELS.items():
+            con.create_function(
+                function, self._function(name), ["VARCHAR"], "VARCHAR", type="arrow", null_handling="special"
+            )
+            con.execute(f"CREATE TEMP MACRO {name}(prompt) AS {function}(prompt::VARCHAR)")
+
+    def _function(self, name: str) -> Callable[[pa.ChunkedArray], pa.Array]:
+        def answer(prompts: pa.ChunkedArray) -> pa.Array:
+            texts = prompts.to_pylist()
+            self.asked |= {(name, text) for text in texts if text is not None}
+            return pa.array([self._answer(text) for text in texts], pa.string())
+
+        return answer
+
+    def _answer(self, text: str | None) -> str | None:
+        if text is None or not self.answering:
+            return None
+        return ("A" if text.endswith(("1", "3", "7")) else "B") + text
+
+    def asked_by(self, con: duckdb.DuckDBPyConnection, query: str, *, answering: bool) -> set[tuple[str, str]]:
+        self.asked, self.answering = set(), answering
+        con.execute(query).fetchall()
+        self.answering = True
+        return self.asked
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[tuple[duckdb.DuckDBPyConnection, Models]]:
+    con = duckdb.connect()
+    models = Models(con)
+    con.execute("CREATE TABLE t AS SELECT i, 's' || i AS s, i % 7 AS g FROM range(400) r(i)")
+    con.execute("CREATE TABLE k AS SELECT i, 's' || i AS v FROM range(20) r(i)")
+    con.execute("CREATE VIEW answers AS SELECT i, chat(s) AS a, s FROM t")
+    con.execute("CREATE VIEW named (z, y) AS SELECT i, chat(s) FROM t")
+    con.execute("CREATE VIEW drawn AS SELECT i, random() AS r FROM t")
+    con.execute("CREATE MACRO polite(x) AS chat('please ' || x)")
+    con.execute("CREATE MACRO either(x, y) AS coalesce(x, judge(y))")
+    con.execute("CREATE MACRO dice() AS floor(random() * 6)")
+    con.execute("CREATE MACRO asked(low) AS TABLE SELECT chat(s) AS a FROM t WHERE i < low")
+    con.execute("CREATE SEQUENCE ids")
+    yield con, models
+    con.close()
+
+
+@pytest.fixture
+def con(world: tuple[duckdb.DuckDBPyConnection, Models]) -> duckdb.DuckDBPyConnection:
+    return world[0]
+
+
+def planned(con: duckdb.DuckDBPyConnection, text: str, parameters: Any = None) -> Probe | None:
+    return plan(con, text, parameters, is_model, sys._getframe(1))
+
+
+WORTH = [
+    ("SELECT chat(s) FROM t", 1),
+    ("SELECT chat__udf12(s) AS random FROM t", 1),
+    ("select CHAT(s) from t", 1),
+    ("FROM t SELECT chat(s) AS s", 1),
+    ("SELECT i FROM t WHERE i % 5 = 0 AND chat(s) LIKE 'A%'", 1),
+    ("SELECT chat(s) FROM t WHERE chat(s) LIKE 'A%'", 1),
+    ("SELECT chat(s) AS a FROM t WHERE chat(s) IS NULL", 1),
+    ("SELECT * FROM answers WHERE a > 'B'", 1),
+    ("SELECT chat(s) FROM t LIMIT 5", 1),
+    ("SELECT i, chat(s) AS a FROM t ORDER BY i LIMIT 3 OFFSET 2", 1),
+    ("SELECT chat(s) AS a FROM t WHERE i % 3 = 0 LIMIT 5", 1),
+    ("SELECT * FROM answers ORDER BY a LIMIT 5", 1),
+    ("SELECT chat(t.s) FROM t JOIN k USING (i)", 1),
+    ("SELECT t.i FROM t JOIN k ON chat(t.s) = k.v", 1),
+    ("SELECT x.a FROM answers x JOIN k ON x.i = k.i LIMIT 5", 1),
+    ("SELECT chat(t.s), judge(k.v) FROM t JOIN k ON t.i = k.i ORDER BY k.v LIMIT 7", 2),
+    ("SELECT chat(s), count(*) FROM t GROUP BY 1", 1),
+    ("SELECT chat(s) AS a, count(*) FROM t GROUP BY a ORDER BY 2 DESC LIMIT 5", 1),
+    ("SELECT DISTINCT chat(s) FROM t", 1),
+    ("SELECT s FROM t QUALIFY row_number() OVER (PARTITION BY g ORDER BY chat(s)) = 1", 1),
+    ("SELECT list_transform([s, s || 'x'], lambda x: chat(x)) FROM t", 1),
+    ("SELECT i, (SELECT chat(k.v) FROM k WHERE k.i = t.i) FROM t", 1),
+    ("SELECT CASE WHEN g = 1 THEN chat(s) END FROM t", 1),
+    ("SELECT CASE WHEN g = 1 THEN chat(s) ELSE judge(s) END FROM t", 2),
+    ("SELECT coalesce(chat(s), 'none') FROM t", 1),
+    ("WITH x AS (SELECT chat(s) AS a FROM t) SELECT * FROM x WHERE coalesce(a, '') <> 'x'", 1),
+    ("SELECT polite(s) FROM t WHERE polite(s) LIKE 'A%'", 1),
+    ("SELECT a FROM asked(10)", 1),
+    ("SELECT chat(s), judge(s), upper(coalesce(judge(s), '')) FROM t WHERE g = 2", 2),
+    ("SELECT max(chat(s)), min(judge(s)) FROM t", 2),
+    ("SELECT judge(s) FROM t WHERE chat(s) LIKE 'A%'", 2),
+    ("SELECT judge(s) FROM t WHERE chat(s) LIKE 'A%' AND NOT (g = 3 AND chat(s) = 'x')", 2),
+    ("SELECT judge(a) FROM answers WHERE i < 100", 2),
+    ("SELECT chat(judge(s)) FROM t", 2),
+    ("WITH x AS (SELECT chat(s) AS a FROM t) SELECT judge('is it: ' || a) FROM x WHERE a LIKE 'A%'", 2),
+    ("SELECT chat(s) FROM t UNION ALL SELECT judge(v) FROM k", 2),
+    ("SELECT chat(s || current_date) FROM t", 1),
+    ("SELECT chat(x) FROM unnest(['a', 'b']) u(x)", 1),
+    ("VALUES (chat('a')), (chat('b'))", 2),
+]
+
+WASTE = [
+    # nothing to ask
+    "SELECT s, 'chat(s)' AS \"chat(s)\" FROM t WHERE s <> 'chat__udf12('",
+    "SELECT i FROM t",
+    "SELECT chat(s) FROM t WHERE false",
+    # looking for what NULL never is
+    "SELECT i FROM t WHERE chat(s) LIKE 'A%' LIMIT 5",
+    "SELECT * FROM (SELECT chat(s) AS a, i FROM t) WHERE a LIKE 'A%' LIMIT 5",
+    "SELECT z FROM named WHERE y LIKE 'A%' LIMIT 5",
+    "SELECT i FROM t WHERE chat(s) LIKE 'A%' ORDER BY i LIMIT 5",
+    "SELECT t.i FROM t JOIN k ON chat(t.s) = 'B' || k.v LIMIT 1",
+    "SELECT t.i FROM (SELECT i, chat(s) AS v FROM t) t JOIN k USING (v) LIMIT 1",
+    "SELECT DISTINCT chat(s) FROM t LIMIT 2",
+    "SELECT chat(s) FROM t INTERSECT SELECT 'B' || v FROM k LIMIT 1",
+    "SELECT EXISTS (FROM answers WHERE a = 'As1')",
+    "SELECT i FROM t QUALIFY row_number() OVER (PARTITION BY chat(s)) = 1 LIMIT 3",
+    # two runs see other arguments
+    "SELECT chat(s || random()) FROM t",
+    "SELECT random() AS i, chat(s) FROM t",
+    "SELECT chat(uuid()::VARCHAR) FROM t",
+    "SELECT chat(s || now()) FROM t",
+    "SELECT chat(s || current_timestamp) FROM t",
+    "SELECT chat(s || nextval('ids')) FROM t",
+    "SELECT chat(s || dice()) FROM t",
+    "SELECT chat(r::VARCHAR) FROM drawn",
+    "SELECT chat(s) FROM t USING SAMPLE 10",
+    "SELECT chat(s) FROM t TABLESAMPLE 10%",
+    # NULL for one answer makes another call
+    "SELECT coalesce(chat(s), judge(s)) FROM t",
+    "SELECT either(chat(s), s) FROM t",
+    "SELECT chat(s), coalesce(chat(s), judge(s), '') IS NULL FROM t",
+    "SELECT CASE WHEN chat(s) = 'x' THEN NULL ELSE judge(s) END FROM t",
+    "SELECT CASE WHEN a = 'x' THEN NULL ELSE judge(s) END FROM answers",
+    "SELECT judge(s) FROM t WHERE chat(s) IS NULL",
+    "SELECT judge(s) FROM answers WHERE coalesce(a, '') <> 'x'",
+    "SELECT i FROM t WHERE chat(s) LIKE 'A%' OR judge(s) LIKE 'A%'",
+    "SELECT judge(concat('about: ', chat(s))) FROM t",
+    "SELECT judge(concat('about: ', a)) FROM answers",
+    "SELECT judge(to_json(answers)::VARCHAR) FROM answers",
+    "SELECT judge(list(a)::VARCHAR) FROM answers GROUP BY i % 3",
+    "SELECT judge('n = ' || n) FROM (SELECT count(*) AS n FROM t WHERE chat(s) LIKE 'A%')",
+    "SELECT judge(max(s)) FROM t GROUP BY chat(s)",
+    "SELECT judge(t.s) FROM t LEFT JOIN k ON chat(t.s) = k.v WHERE k.v IS NULL",
+    "SELECT judge(s) FROM t WHERE s NOT IN (SELECT v FROM k WHERE chat(v) LIKE 'A%')",
+    "SELECT judge(s) FROM t ORDER BY chat(s) LIMIT 3",
+    "SELECT list_transform([chat(s)], lambda x: judge(coalesce(x, ''))) FROM t",
+    "WITH RECURSIVE r AS (SELECT 's1' AS s UNION ALL SELECT chat(s) FROM r WHERE length(s) < 5) FROM r",
+    # not a query that can be run by itself
+    "UPDATE t SET s = chat(s)",
+    "DELETE FROM t WHERE chat(s) = 'x'",
+    "MERGE INTO k USING t ON k.i = t.i WHEN MATCHED THEN UPDATE SET v = chat(t.s)",
+    "EXPLAIN SELECT chat(s) FROM t",
+    "SUMMARIZE SELECT chat(s) FROM t",
+    "PREPARE p AS SELECT chat(s) FROM t",
+    "CREATE VIEW w AS SELECT chat(s) FROM t",
+    "CREATE MACRO w(x) AS chat(x)",
+    "SELECT chat(s) FROM t; SELECT 1",
+    "SELECT chat(s) FROM query('FROM t')",
+    "PIVOT t ON g USING first(chat(s))",
+    # DuckDB will refuse them
+    "SELECT chat(nope) FROM t",
+    "SELEC chat(s) FROM t",
+    "CREATE TABLE k AS SELECT chat(s) FROM t",
+    "CREATE TABLE IF NOT EXISTS k AS SELECT chat(s) AS a FROM t",
+    "CREATE TABLE new AS SELECT chat(s) FROM t WITH NO DATA",
+    "INSERT INTO nope SELECT chat(s) FROM t",
+    "INSERT INTO k SELECT chat(s) FROM t",
+    "INSERT INTO k VALUES (DEFAULT, chat('a'))",
+    "INSERT INTO k DEFAULT VALUES",
+]
+
+
+@pytest.mark.parametrize(("query", "calls"), WORTH)
+def test_queries_worth_it(con, query, calls):
+    """A query whose rows do not hang on the answers is run ahead as it is, with its different calls counted."""
+    assert planned(con, query) == Probe(query, calls)
+
+
+@pytest.mark.parametrize("query", WASTE)
+def test_queries_not_worth_it(con, query):
+    """What would ask for nothing, ask in vain, or not be what the user's statement asks, is not run ahead."""
+    assert planned(con, query) is None
+
+
+@pytest.mark.parametrize("query", [query for query, _ in WORTH])
+def test_a_probe_asks_for_nothing_else(world, query):
+    """With NULL for every answer, a probe asks only what the query itself asks, and at least something."""
+    con, models = world
+    real = models.asked_by(con, query, answering=True)
+    ahead = models.asked_by(con, query, answering=False)
+    assert ahead
+    assert ahead <= real
+
+
+@pytest.mark.parametrize(
+    ("statement", "query"),
+    [
+        ("CREATE TABLE new AS SELECT chat(s) AS a FROM t", "SELECT chat(s) AS a FROM t"),
+        ("create or replace temp table k as (from t select chat(s)) with data", "(from t select chat(s))"),
+        ('CREATE TABLE IF NOT EXISTS "as" AS /* as */ WITH x AS (FROM t) SELECT chat(s) AS a FROM x;', None),
+        ("INSERT INTO k (v) SELECT chat(s) FROM t RETURNING v", "SELECT chat(s) FROM t"),
+        ("INSERT INTO main.k AS kk SELECT i, chat(s) FROM t WHERE i = ?", "SELECT i, chat(s) FROM t WHERE i = ?"),
+        ("INSERT INTO k BY NAME (SELECT chat(s) AS v FROM t)", "(SELECT chat(s) AS v FROM t)"),
+        ("INSERT INTO k VALUES (1, chat('a;b')), (2, chat('c'))", "VALUES (1, chat('a;b')), (2, chat('c'))"),
+        ("COPY (SELECT chat(s) FROM t) TO 'out.csv' (HEADER)", "SELECT chat(s) FROM t"),
+    ],
+)
+def test_the_query_inside(con, statement, query):
+    """CREATE TABLE AS, INSERT and COPY give their query, to the letter."""
+    found = planned(con, statement, [3] if "?" in statement else None)
+    assert found is not None
+    assert found.query == (query or "WITH x AS (FROM t) SELECT chat(s) AS a FROM x")
+
+
+def test_parameters_are_passed_on(con):
+    """Placeholders take the statement's values; one outside the query leaves it without a probe."""
+    assert planned(con, "SELECT chat(s || ?) FROM t WHERE i < ?", ["x", 3])
+    assert planned(con, "SELECT chat(s || $x) FROM t", {"x": "x"})
+    assert planned(con, "SELECT chat(s) FROM t WHERE i = ?", []) is None
+    con.execute("CREATE OR REPLACE TABLE one (i INT PRIMARY KEY, v VARCHAR)")
+    insert = "INSERT INTO one SELECT i, chat(s) FROM t ON CONFLICT DO UPDATE SET v = ?"
+    assert planned(con, insert, ["x"]) is None
+    assert planned(con, insert.replace("?", "'x'"))
+
+
+def test_an_open_transaction_is_left_alone(con):
+    """An error in a probe would abort the user's transaction, so there is none inside; an aborted one stays so."""
+    with con.cursor() as cursor:
+        cursor.execute("BEGIN")
+        assert plan(cursor, "SELECT chat__udf12(s) FROM t", None, is_model) is None
+        assert plan(cursor, "SELECT chat__udf12(nope) FROM t", None, is_model) is None
+        assert cursor.execute("SELECT 1").fetchone() == (1,)
+        with pytest.raises(duckdb.Error):
+            cursor.execute("SELECT error('x')")
+        assert plan(cursor, "SELECT chat__udf12(s) FROM t", None, is_model) is None
+        cursor.execute("ROLLBACK")
+        assert plan(cursor, "SELECT chat__udf12(s) FROM t", None, is_model)
+
+
+def test_files_and_frames_are_read_twice(con, tmp_path):
+    """Files, data frames and Arrow tables can be read again, whether registered or in a variable."""
+    frame = pd.DataFrame({"s": ["a", "b"]})
+    rows = pa.table({"s": ["a", "b"]})
+    con.register("registered_frame", frame)
+    con.register("registered_table", rows)
+    con.execute(f"COPY t TO '{tmp_path}/rows.parquet'; COPY t TO '{tmp_path}/rows.csv'")
+    for source in (
+        "frame",
+        "rows",
+        "registered_frame",
+        "registered_table",
+        f"'{tmp_path}/rows.parquet'",
+        f"read_csv(['{tmp_path}/rows.csv'], header = true)",
+    ):
+        assert planned(con, f"SELECT chat(s) FROM {source}"), source
+    del frame, rows
+
+
+def test_what_flows_is_read_once(con, tmp_path):
+    """A reader, a stream, a pipe or a URL is never read ahead, and planning takes nothing from it."""
+    rows = pa.table({"s": ["a", "b"]})
+
+    def reader() -> pa.RecordBatchReader:
+        return pa.RecordBatchReader.from_batches(rows.schema, (batch for batch in rows.to_batches()))
+
+    class Stream:
+        def __init__(self) -> None:
+            self.reader = reader()
+
+        def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+            return self.reader.__arrow_c_stream__(requested_schema)
+
+    variable, stream, capsule, relation = reader(), Stream(), rows.__arrow_c_stream__(), con.from_arrow(reader())
+    con.register("registered_reader", reader())
+    con.execute("CREATE OR REPLACE TEMP VIEW behind AS SELECT * FROM registered_reader")
+    for source in ("variable", "stream", "capsule", "relation", "registered_reader"):
+        assert planned(con, f"SELECT chat(s) FROM {source}") is None
+        assert planned(con, f"SELECT chat(v) FROM k WHERE v IN (SELECT s FROM {source})") is None
+    assert planned(con, "SELECT chat(s) FROM behind") is None
+    for source in ("variable", "stream", "capsule", "relation", "behind"):
+        assert len(con.execute(f"FROM {source}").fetchall()) == 2, source
+    os.mkfifo(tmp_path / "pipe")  # opening it would block
+    for source in (f"'{tmp_path}/pipe'", f"read_csv('{tmp_path}/pipe')", "read_csv('/dev/stdin')"):
+        assert planned(con, f"SELECT chat(s) FROM {source}") is None
+    assert planned(con, "SELECT chat(s) FROM read_json('https://localhost:1/rows.json')") is None
+    assert planned(con, "SELECT chat(s) FROM read_csv(?)", ["/dev/stdin"]) is None
+    del variable, stream, capsule, relation
+
+
+def test_a_relation_may_hold_anything(con):
+    """A relation in a variable is a query that cannot be seen into."""
+    relation = con.sql("SELECT chat(s) AS s FROM t")
+    assert planned(con, "SELECT chat(s) FROM relation") is None
+    del relation
+
+
+def test_functions_of_the_users(con):
+    """A Python function of the user's runs twice unless it says that it has side effects."""
+    for name, side_effects in (("clean", False), ("counted", True)):
+        con.create_function(name, lambda text: text, ["VARCHAR"], "VARCHAR", side_effects=side_effects)
+    assert planned(con, "SELECT chat(clean(s)) FROM t")
+    assert planned(con, "SELECT chat(counted(s)) FROM t") is None
+    assert planned(con, "SELECT chat(s), counted(s) AS n FROM t") is None
