@@ -25,6 +25,7 @@ _STRICT_FUNCTIONS = words(
 )
 _CONDITIONAL = words("CASE_EXPR OPERATOR_COALESCE OPERATOR_TRY CONJUNCTION_OR OPERATOR_NOT")
 _CONDITIONAL_FUNCTIONS = words("if iff ifnull nvl nullif")
+_LIMITS = ("LIMIT_MODIFIER", "LIMIT_PERCENT_MODIFIER")
 
 
 def harmless(sources: Sources, calls: int) -> bool:
@@ -59,6 +60,8 @@ class _Flow:
     def __init__(self, sources: Sources) -> None:
         self.trees = sources.all
         self.is_call = sources.is_call
+        ctes = (it["key"] for node in nodes(self.trees) for it in (node.get("cte_map") or {}).get("map", ()))
+        self._derived = lowered(ctes) | sources.expanded  # tables that are queries themselves
         self._names = set(sources.parameters)
         self._rows: set[str] = set()  # a table's name alone stands for its row
         for node in nodes(self.trees):
@@ -74,9 +77,15 @@ class _Flow:
 
     @property
     def limited(self) -> bool:
-        """Whether reading may stop early."""
+        """Whether reading may stop early above a call."""
         exists = any(it.get("subquery_type") == "EXISTS" for it in of(self.trees, "SUBQUERY"))
-        return exists or has(self.trees, "LIMIT_MODIFIER", "LIMIT_PERCENT_MODIFIER")
+        limited = (node for node in nodes(self.trees) if has(node.get("modifiers"), *_LIMITS))
+        return exists or any(self._asks(node) for node in limited)
+
+    def _asks(self, query: Node) -> bool:
+        """Whether there is a call in a query, or may be one in what it reads."""
+        tables = lowered(table["table_name"] for table in of(query, "BASE_TABLE"))
+        return bool(tables & self._derived) or any(self.is_call(node) for node in nodes(query))
 
     @property
     def guides(self) -> bool:

@@ -1,6 +1,6 @@
 """A DuckDB connection that also speaks the language.
 
-Every statement passes `execute`: ours are carried out here, all others reach DuckDB to the letter.
+Every statement passes `execute`: ours are carried out here, all others are DuckDB's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -20,19 +20,17 @@ import duckdb
 import pyarrow as pa
 
 from runtime.errors import Cancelled
-from runtime.gateway import Mode
 from runtime.gateway import Statement as RunningStatement
-from sqlext import actions, countable, notices, probe, script, sources, statements, tables
+from sqlext import actions, countable, notices, script, sources, statements, tables
 from sqlext.dialects import from_spark
-from sqlext.interrupt import Interruptible, call_from, callers_frame
+from sqlext.interrupt import Interruptible, callers_frame
 from sqlext.named_results import NamedResults
 from sqlext.parser import parse
+from sqlext.runs import Runs
 from sqlext.session import Session
 from udfs.context import VARIABLE
 from udfs.signatures import quote
 
-THROUGH_ROWS = 2_048  # that are held at once of a query whose rows nobody wants
-MAX_PASSES = 4  # runs of a query for its model calls alone
 _OWN_RESULT = "sqlext_own_result"  # on a cursor that no user's table can be seen on
 
 _open: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -99,6 +97,7 @@ class Connection:
         self._own_results = raw.cursor()
         self._named_results = NamedResults()
         self._interruptible = Interruptible(self.interrupt)
+        self._runs = Runs(raw, session, self._guarded, self.check_stopped)
         tables.register(raw, session)
         _open.add(self)
 
@@ -294,71 +293,27 @@ class Connection:
             UserError: the statement holds no query that can be run for this.
             duckdb.Error: DuckDB's own error of the query.
         """
-        self._begin(text)
-        running = self.running
-        assert running is not None
-        running.mode = Mode.EXPLAIN
+        running = self._begin(text)
         try:
-            functions = self.session.functions.is_model_function
-            found = self._guarded(lambda: countable.query_in(self.raw, text, functions, frame))
-            running.explained.clear()  # planning evaluates constant calls, and so does the run
-            self._guarded(lambda: self._run_through(found.query, parameters, frame))
+            return running, self._runs.count(running, text, parameters, frame)
         finally:
             self._finish()
-        return running, found
 
     def _execute_guarded(self, text: str) -> Any:
         return self._run_query(text)
 
     def _run_query(self, query: str, parameters: Any = None, frame: FrameType | None = None) -> Any:
-        self._run_ahead(query, parameters, frame)
-        return self._guarded(lambda: call_from(frame, self.raw.execute, query, parameters))
+        assert self.running is not None
+        return self._runs.execute(self.running, query, parameters, frame)
 
-    def _run_ahead(self, query: str, parameters: Any, frame: FrameType | None) -> None:
-        """Run the query once for its model calls alone, so that the workers are never without work in the real run.
-
-        A call whose argument is the answer of another is only known in the next run, which waits for the first.
-        """
-        running = self.running
-        gateways = self.session.functions.gateways().values()
-        if running is None or not gateways:
-            return
-        running.mode = Mode.AHEAD
-        try:
-            running.passes += 1
-            functions = self.session.functions.is_model_function
-            ahead = self._guarded(lambda: probe.plan(self.raw, query, parameters, functions, frame))
-            while ahead:
-                before = sum(gateway.asked_ahead(running)[0] for gateway in gateways)
-                self._guarded(lambda: self._run_through(ahead.query, parameters, frame))
-                opened = sum(gateway.asked_ahead(running)[0] for gateway in gateways) - before
-                if ahead.calls < 2 or not opened or running.passes >= MAX_PASSES:
-                    break
-                running.passes += 1
-        except duckdb.Error:
-            pass  # a query that fails on NULL, or at all: the real run tells
-        finally:
-            running.mode = Mode.REAL
-            for gateway in gateways:
-                gateway.pass_over()
-
-    def _run_through(self, query: str, parameters: Any, frame: FrameType | None) -> None:
-        """Run a query and drop its rows as they come; a relation streams them, the reader of a result holds all."""
-        relation = call_from(frame, functools.partial(self.raw.sql, query, params=parameters))
-        with closing(relation.to_arrow_reader(THROUGH_ROWS)) as reader:
-            try:
-                for _ in reader:
-                    self.check_stopped()
-            except OSError as error:  # Arrow keeps only the text of DuckDB's error
-                raise duckdb.Error(str(error)) from None
-
-    def _begin(self, text: str = "") -> None:
+    def _begin(self, text: str = "") -> RunningStatement:
         """Before a statement: this cursor's macros are those of the session, and chunks will find the statement."""
-        self.running = self.session.new_statement(text)
-        key = self.session.statements.add(self.running)
+        self.running = running = self.session.new_statement(text)
+        key = self.session.statements.add(running)
         with suppress(duckdb.TransactionException):  # in an aborted transaction only ROLLBACK is of use
             self._functions_seen = self.session.functions.catch_up(self.raw, self._functions_seen)
             self.raw.execute(f"SET VARIABLE {VARIABLE} = '{key}'")
+        return running
 
     def _finish(self) -> None:
         """The statement has ended: keep its figures and tell what went wrong in it."""

@@ -30,7 +30,7 @@ from udfs.arguments import options_from
 from udfs.signatures import sql_type
 
 LOCAL_CONCURRENCY = 1
-REMOTE_CONCURRENCY = 8  # batches of one worker, so that requests stay in flight where one batch ends
+REMOTE_CONCURRENCY = 32  # batches of one worker, so that requests stay in flight where one batch ends
 _ENGINES = {Task.GENERATE: "transformers", Task.EMBED: "embeddings", Task.CLASSIFY: "classification"}
 
 

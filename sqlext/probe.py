@@ -90,7 +90,7 @@ def _may_call(run: Run, text: str, functions: Callable[[str], bool]) -> bool:
     """Whether a look at the words leaves it open that a model is called; most statements are plain SQL."""
     text = text.lower()
     called = set(_CALLED.findall(text))
-    if any(map(functions, called)) or not called <= _NO_FUNCTIONS | builtin().names:
+    if any(map(functions, called)) or not called - _NO_FUNCTIONS <= builtin().names:
         return True
     # Without their definitions, which DuckDB writes anew for each view.
     views = run("SELECT lower(view_name) FROM duckdb_views() WHERE NOT internal")

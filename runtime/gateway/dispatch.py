@@ -356,9 +356,9 @@ class Dispatcher:
         if not isinstance(error, (Retryable, RowError)):
             self._give_up(calls, error)
             return
-        if isinstance(error, OutOfMemory):
-            self._max_rows = max(1, min(self._max_rows, rows // 2))
         alone = rows == 1
+        if isinstance(error, OutOfMemory):  # a row that is too large by itself says nothing of the others
+            self._max_rows = self._pool.info.max_batch_rows if alone else min(self._max_rows, rows // 2)
         calls[0].losses += alone
         if alone and (isinstance(error, (OutOfMemory, RowError)) or calls[0].losses >= MAX_LOSSES_ALONE):
             self._fail_row(calls[0], replace(error.info, attempts=calls[0].losses))

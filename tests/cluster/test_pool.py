@@ -166,7 +166,7 @@ def test_cancel_frees_the_worker(deploy):
         pool.cancel(0, waiting.id)
         pool.cancel(0, running.id)
         list(first)
-        assert later.result() == []
+        assert [piece.outputs for piece in later.result()] in ([], [["WAIT 60"]])  # it may just have begun
     assert outputs(pool, 0, batch("b")) == ["B"]
     assert time.monotonic() - began < 10
 

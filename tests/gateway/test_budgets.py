@@ -225,9 +225,9 @@ def test_a_batch_under_way_is_not_thrown_away_when_the_rows_are_used_up(store: R
         full.set()
         assert release.wait(10)
 
-    pool = MeteredPool(script=script, max_batch_rows=50)  # type: ignore[arg-type]
+    pool = MeteredPool(script=script, max_batch_rows=25)  # type: ignore[arg-type]
     gateway = Gateway(pool, store)
-    asking = statement(1, Budget(Limits(max_rows=50)))
+    asking = statement(1, Budget(Limits(max_rows=40)))
     with ThreadPoolExecutor(1) as threads:
         told = threads.submit(attempt, gateway, rows(60), asking)
         assert full.wait(10)
@@ -235,7 +235,7 @@ def test_a_batch_under_way_is_not_thrown_away_when_the_rows_are_used_up(store: R
         error = told.result(timeout=10)
     assert isinstance(error, Fatal)
     assert pool.cancelled == []
-    assert sum(line.results for line in store.summary()) == 50
+    assert sum(line.results for line in store.summary()) == 40
     gateway.close()
 
 

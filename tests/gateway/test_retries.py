@@ -415,6 +415,22 @@ def test_out_of_memory_halves_what_was_in_the_batch():
     gateway.close()
 
 
+def test_one_row_that_is_too_large_does_not_narrow_the_batches_of_the_others():
+    """Halving ends at that row; the others go on in whole batches."""
+
+    def script(batch: Batch) -> None:
+        if "row 5" in batch.prompts:
+            raise OutOfMemory("too large")
+
+    pool = ScriptedPool(script)
+    gateway = Gateway(pool)
+    asked = ask(gateway, rows(6400))
+    assert [prompt for prompt, o in zip(rows(6400), asked, strict=True) if o.error] == ["row 5"]
+    ask(gateway, [f"more {number}" for number in range(640)])
+    assert len(pool.batches[-1][1]) == 64
+    gateway.close()
+
+
 # -- engines that answer nonsense -------------------------------------------------------------------------------
 
 
