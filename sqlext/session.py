@@ -62,6 +62,7 @@ class Session:
     def new_statement(self, query: str = "") -> Statement:
         """A statement with the session's present settings, its clock running."""
         settings = self.settings
+        self._bound_store()
         self._budget.limits = _limits(settings, "session.")
         budgets = [Budget(_limits(settings)), self._budget]
         statement = Statement(
@@ -117,13 +118,16 @@ class Session:
     def _opened_store(self) -> ResultStore:
         with self._lock:
             if self._store is None:
-                days = self.settings["cache_max_days"]
-                self._store = ResultStore(
-                    default_path(),
-                    max_bytes=int(self.settings["cache_max_mb"] * 1024 * 1024),
-                    max_age_s=None if days is None else days * 86_400.0,
-                )
+                self._store = ResultStore(default_path())
+                self._bound_store()
             return self._store
+
+    def _bound_store(self) -> None:
+        """Give the store the session's present bounds."""
+        if self._store:
+            days = self.settings["cache_max_days"]
+            self._store.max_bytes = self.settings["cache_max_mb"] * 2**20
+            self._store.max_age_s = None if days is None else days * 86_400.0
 
     def _recall(self, name: str) -> str | None:
         return self.store.recall(name) if self.store else None

@@ -23,6 +23,7 @@ from runtime.gateway import (
     Outcome,
     PlainOutcome,
     Statement,
+    row_failure,
 )
 from runtime.spec import Prompt
 from udfs import arguments
@@ -73,7 +74,7 @@ class ModelFunction:
             raise
 
     def _value(self, statement: Statement, columns: _Columns) -> pa.Array:
-        chunk = _Chunk(columns)
+        chunk = _Chunk(columns, strict=True)
         gateway, outcomes = self._ask(chunk, statement)
         if statement.mode is Mode.REAL:
             for index, outcome in enumerate(outcomes):
@@ -103,9 +104,13 @@ class ModelFunction:
 
 
 class _Chunk:
-    """The columns of one call: (statement, prompt, what the prompt is, options, draw)."""
+    """The columns of one call: (statement, prompt, what the prompt is, options, draw).
 
-    def __init__(self, columns: _Columns) -> None:
+    `strict`: where the statement's on_error is «fail», a row's failure ends it.
+    """
+
+    def __init__(self, columns: _Columns, *, strict: bool = False) -> None:
+        self._strict = strict
         _, prompts, kinds, options, _ = columns
         self.texts: list[str | None] = prompts.to_pylist()
         self._kind = _first(kinds) or arguments.TEXT
@@ -119,7 +124,7 @@ class _Chunk:
         if self._kind == arguments.TEXT and None not in self.texts and len(set(self._options)) <= 1:
             said = arguments.to_said(self._options[0] if self._options else None)
             texts = cast(list[Prompt], self.texts)
-            return gateway.ask_all([Group(said.options, texts, said.cache)], statement)[0]
+            return gateway.ask_all([Group(said.options, texts, said.cache, self._strict)], statement)[0]
         return self._ask_row_by_row(gateway, statement)
 
     def question(self, index: int, chat_template: bool) -> tuple[Prompt, Said]:
@@ -170,7 +175,10 @@ class _Chunk:
             rows, prompts = groups.setdefault(said, ([], []))
             rows.append(index)
             prompts.append(prompt)
-        asked = gateway.ask_all([Group(s.options, prompts, s.cache) for s, (_, prompts) in groups.items()], statement)
+        asked = gateway.ask_all(
+            [Group(said.options, prompts, said.cache, self._strict) for said, (_, prompts) in groups.items()],
+            statement,
+        )
         for found, (rows, _) in zip(asked, groups.values(), strict=True):
             for index, outcome in zip(rows, found, strict=True):
                 outcomes[index] = outcome
@@ -184,11 +192,7 @@ def _first(column: pa.ChunkedArray) -> str | None:
 
 def _treat_failure(gateway: Gateway, chunk: _Chunk, index: int, error: ErrorInfo, statement: Statement) -> None:
     if statement.on_error == "fail":
-        raise Fatal(
-            f'A row failed in "{gateway.name}": {error.message}',
-            code=error.code,
-            hint='on_error is «fail»; with `!llm setup "on_error=record"` the row is listed and the rest goes on.',
-        )
+        raise row_failure(gateway.name, error)
     if statement.on_error == "record":
         key = hashlib.sha256((chunk.texts[index] or "").encode("utf-8", "surrogatepass")).hexdigest()[:16]
         statement.record(gateway.name, key, error, chunk.failed_call(index, gateway.info.chat_template))

@@ -9,7 +9,17 @@ from runtime.gateway.dispatch import WorkerPool
 from runtime.gateway.gateway import Gateway, GatewayClosed
 from runtime.gateway.pace import RetryPolicy
 from runtime.gateway.question import Group
-from runtime.gateway.statement import CACHE_MODES, CacheMode, Explained, FailedCall, FailedRow, Mode, Statement, Usage
+from runtime.gateway.statement import (
+    CACHE_MODES,
+    CacheMode,
+    Explained,
+    FailedCall,
+    FailedRow,
+    Mode,
+    Statement,
+    Usage,
+    row_failure,
+)
 from runtime.gateway.store import ResultStore, default_path
 
 __all__ = [
@@ -36,4 +46,5 @@ __all__ = [
     "default_path",
     "error_of",
     "output_of",
+    "row_failure",
 ]

@@ -19,15 +19,17 @@ KNOWN_CHUNKS = 8  # in a row without a new call, after which a run looks at one 
 class Ahead:
     """What one statement has had asked ahead of its real run."""
 
-    tickets: list[Ticket] = field(default_factory=list)  # one for each pass
+    tickets: list[Ticket] = field(default_factory=list)  # one for each pass, two where some are strict
     opened: int = 0
     chunks: int = 0
     known_chunks: int = 0  # in a row
 
-    def ticket(self, statement: Statement) -> Ticket:
+    def ticket(self, statement: Statement, strict: bool) -> Ticket:
         """Who waits for what is asked ahead in the present pass."""
-        if not self.tickets or self.tickets[-1].passes != statement.passes:
-            self.tickets.append(Ticket(statement, statement.passes))
+        for ticket in self.tickets:
+            if (ticket.passes, ticket.strict) == (statement.passes, strict):
+                return ticket
+        self.tickets.append(Ticket(statement, statement.passes, strict))
         return self.tickets[-1]
 
     @property
@@ -39,6 +41,6 @@ class Ahead:
         self.chunks += 1
         return self.known_chunks >= KNOWN_CHUNKS and self.chunks % KNOWN_CHUNKS != 0
 
-    def looked(self, opened: int) -> None:
-        """A chunk was looked at and opened this many calls."""
-        self.known_chunks = 0 if opened else self.known_chunks + 1
+    def looked(self, unknown: bool) -> None:
+        """A chunk was looked at; `unknown`: it had calls without an outcome."""
+        self.known_chunks = 0 if unknown else self.known_chunks + 1

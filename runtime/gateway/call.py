@@ -47,10 +47,11 @@ class Ticket:
     Counts down the open calls and wakes the thread at the last one.
     """
 
-    __slots__ = ("done", "failure", "open_calls", "over", "passes", "statement")
+    __slots__ = ("done", "failure", "open_calls", "over", "passes", "statement", "strict")
 
-    def __init__(self, statement: Statement, passes: int = 0) -> None:
+    def __init__(self, statement: Statement, passes: int = 0, strict: bool = False) -> None:
         self.statement = statement
+        self.strict = strict  # a row's failure ends the statement
         self.passes = passes  # for calls asked ahead: in which pass; 0 for a waiting `ask`
         self.open_calls = 0
         self.done = threading.Event()

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 
-from runtime.errors import Cancelled
+from runtime.errors import Cancelled, SqlextError
 from runtime.gateway.ahead import MAX_AHEAD, Ahead
 from runtime.gateway.call import Asked, Call, PlainOutcome, Ticket, error_of
 from runtime.gateway.dispatch import Dispatcher, WorkerPool
@@ -21,7 +21,7 @@ from runtime.gateway.known import Known, still_missing
 from runtime.gateway.memory import Lane
 from runtime.gateway.pace import RetryPolicy
 from runtime.gateway.question import Group, Question
-from runtime.gateway.statement import Mode, Statement
+from runtime.gateway.statement import Mode, Statement, row_failure
 from runtime.gateway.store import ResultStore
 from runtime.spec import CallOptions, EngineInfo, Prompt
 
@@ -83,7 +83,7 @@ class Gateway:
         with self._asked(statement):
             defaults = self.pool.spec.defaults
             questions = [
-                Question(group.options.over(defaults), group.prompts, group.cache or statement.cache)
+                Question(group.options.over(defaults), group.prompts, group.cache or statement.cache, group.strict)
                 for group in groups
             ]
             if statement.mode is Mode.AHEAD:
@@ -184,9 +184,8 @@ class Gateway:
         self._await_room(ahead, statement)
         ticket = Ticket(statement)
         with self._lock:
-            before = ahead.opened
+            ahead.looked(any(None in question.outcomes for question in questions))
             waited = [self._enter_ahead(question, statement, ahead, ticket) for question in questions]
-            ahead.looked(ahead.opened - before)
         self._wait(ticket, waited)
         for question, calls in zip(questions, waited, strict=True):
             question.fill({call.prompt: call.outcome for call in calls if call.outcome})
@@ -256,13 +255,13 @@ class Gateway:
         if not question.options.deterministic:
             return []
         lanes = self._known.lanes(question, statement)
-        mine = ahead.ticket(statement)
+        mine = ahead.ticket(statement, question.strict and statement.on_error == "fail")
         joined, fresh = [], []
         for prompt in still_missing(question, lanes):
             call = _open_call(lanes, prompt)
             if call is None:
                 fresh.append(prompt)
-            elif any(earlier in ahead.tickets and earlier is not mine for earlier in call.tickets):
+            elif any(earlier in ahead.tickets and earlier.passes < mine.passes for earlier in call.tickets):
                 joined.append(call)
                 call.tickets.append(ticket)
         ticket.open_calls += len(joined)
@@ -302,8 +301,17 @@ class Gateway:
             self._known.remember(calls, outcomes)
             self._account(calls, outcomes)
             for call, outcome in zip(calls, outcomes, strict=True):
+                if error := outcome[1]:
+                    self._end_strict(call, row_failure(self.name, error))
                 call.settle(outcome)
             self._changed.notify_all()
+
+    def _end_strict(self, call: Call, failure: SqlextError) -> None:
+        """What was asked ahead fails its statement now, as it would later: nothing more is paid for."""
+        for ticket in call.tickets:
+            if ticket.strict:
+                ticket.fail(failure)
+                ticket.statement.fail(failure)
 
     def _account(self, calls: Sequence[Call], outcomes: Sequence[PlainOutcome]) -> None:
         used: dict[int, tuple[Statement, list[PlainOutcome]]] = {}

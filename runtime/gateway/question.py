@@ -12,11 +12,15 @@ from runtime.spec import CallOptions, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Prompts that share their options; `cache` None: as the statement says."""
+    """Prompts that share their options.
+
+    `cache` None: as the statement says. `strict`: where the statement's on_error is «fail», a row's failure ends it.
+    """
 
     options: CallOptions
     prompts: Sequence[Prompt]
     cache: CacheMode | None = None
+    strict: bool = False
 
 
 @dataclass(slots=True)
@@ -26,6 +30,7 @@ class Question:
     options: CallOptions  # with the model's defaults
     prompts: Sequence[Prompt]
     cache: CacheMode
+    strict: bool = False
     outcomes: list[PlainOutcome | None] = field(default_factory=list)
     keys: dict[Prompt, bytes] = field(default_factory=dict)  # of the distinct prompts without an outcome
 

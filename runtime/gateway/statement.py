@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal, TypeAlias
 
-from runtime.errors import ErrorInfo, SqlextError
+from runtime.errors import ErrorInfo, Fatal, SqlextError
 from runtime.gateway.budget import Budgets
 from runtime.spec import CallOptions, Prompt
 
@@ -237,3 +237,12 @@ class Statement:
     def failed(self) -> int:
         """Rows that failed, of all models."""
         return sum(usage.errors for usage in self.usage.values())
+
+
+def row_failure(model: str, error: ErrorInfo) -> Fatal:
+    """The error of a statement whose on_error is «fail», at its first failed row."""
+    return Fatal(
+        f'A row failed in "{model}": {error.message}',
+        code=error.code,
+        hint='on_error is «fail»; with `!llm setup "on_error=record"` the row is listed and the rest goes on.',
+    )

@@ -75,8 +75,8 @@ class ResultStore:
 
     Args:
         path: the file; made, with its folder, when it is missing.
-        max_bytes: bound on the file; the oldest answers are dropped to keep it.
-        max_age_s: older answers are not found any more.
+        max_bytes: bound on the file; the oldest answers are dropped to keep it. May be assigned.
+        max_age_s: older answers are not found any more. May be assigned.
 
     Every method raises a `Fatal` (store_read, store_write, store_locked) or `UserError` (store_corrupt,
     store_readonly) when the file fails; the constructor also a `UserError` store_path, store_folder, store_version
@@ -84,8 +84,8 @@ class ResultStore:
     """
 
     def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES, max_age_s: float | None = None) -> None:
-        self._max_bytes = max_bytes
-        self._max_age_s = max_age_s
+        self.max_bytes = max_bytes
+        self.max_age_s = max_age_s
         self._file = StoreFile(path, self._start)
 
     def close(self) -> None:
@@ -204,7 +204,7 @@ class ResultStore:
         blocks = self._places.find(heads)
         if not blocks:
             return
-        expired = time.time() - self._max_age_s if self._max_age_s is not None else 0.0
+        expired = time.time() - self.max_age_s if self.max_age_s is not None else 0.0
         for block, created, rows, keys, reasons, data in self._db.execute(_BLOCKS, (str(list(blocks)),)):
             if created < expired:
                 continue
@@ -235,9 +235,9 @@ class ResultStore:
     def _make_room(self) -> None:
         """Drop the oldest blocks when the file is at its bound: a tenth of it, so that it is seldom done."""
         used = self._used_bytes()
-        if used <= self._max_bytes:
+        if used <= self.max_bytes:
             return
-        excess = used - int(self._max_bytes * KEPT_PART)
+        excess = used - int(self.max_bytes * KEPT_PART)
         last = 0
         with closing(self._db.execute("SELECT id, bytes FROM blocks ORDER BY id")) as blocks:
             for last, size in blocks:  # noqa: B007

@@ -587,3 +587,32 @@ def test_a_long_table_does_not_stay_in_memory(store: ResultStore):
     assert statement.usage["chat"].rows == statement.usage["chat"].calls == 2000 * CHUNKS
     assert gateway.asked_ahead(statement) == (2000 * CHUNKS, 0)
     gateway.close()
+
+
+@pytest.mark.parametrize(("strict", "on_error"), [(True, "fail"), (True, "record"), (False, "fail")])
+def test_a_row_that_fails_ends_a_strict_statement_before_the_rest_is_paid_for(strict: bool, on_error: str):
+    """With on_error «fail» nothing more is asked ahead after the first failure; other forms and modes go on."""
+
+    def script(batch: Batch) -> None:
+        if "row 0" in batch.prompts:
+            raise RowError("It cannot be answered.", code="bad_row")
+
+    pool = ScriptedPool(script, max_batch_rows=8)
+    gateway = Gateway(pool)
+    statement = Statement(1, on_error=on_error)
+    statement.mode, statement.passes = Mode.AHEAD, 1
+    gateway.ask_all([Group(GREEDY, ["row 0"], strict=strict)], statement)
+    gateway.pass_over()
+    while gateway.asked_ahead(statement)[1]:
+        time.sleep(0.001)
+    more = [Group(GREEDY, [f"row {i}" for i in range(1, 100)], strict=strict)]
+    if strict and on_error == "fail":
+        with pytest.raises(Fatal, match="A row failed") as caught:
+            gateway.ask_all(more, statement)
+        assert caught.value.code == "bad_row"
+        assert pool.prompts == ["row 0"]
+    else:
+        gateway.ask_all(more, statement)
+        statement.mode = Mode.REAL
+        assert None not in gateway.ask_all(more, statement)[0]
+    gateway.close()
