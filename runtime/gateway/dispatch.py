@@ -17,6 +17,7 @@ from typing import Protocol
 from runtime.errors import ErrorInfo, Fatal, OutOfMemory, Retryable, RowError, SqlextError
 from runtime.gateway.budget import most_tokens
 from runtime.gateway.call import Call, PlainOutcome, wanted
+from runtime.gateway.collector import relaxed
 from runtime.gateway.pace import Pace, RetryPolicy
 from runtime.gateway.queue import CallQueue
 from runtime.gateway.slots import Slots
@@ -152,7 +153,8 @@ class Dispatcher:
                     now = time.monotonic()
             worker, batch, calls = work
             try:
-                self._carry(worker, batch, calls)
+                with relaxed:
+                    self._carry(worker, batch, calls)
             finally:
                 with self._lock:
                     del self._in_flight[batch.id]
@@ -278,17 +280,16 @@ class Dispatcher:
         """Each row of the batch counts once, whatever an engine sends; a row it does not have is nobody's answer."""
         calls, outcomes = [], []
         errors, latency_ms = answers.errors, answers.latency_ms
-        columns = list(
-            zip(
-                answers.rows,
-                answers.outputs,
-                answers.finish_reasons,
-                answers.prompt_tokens,
-                answers.completion_tokens,
-                strict=True,  # told before the first row is taken
-            )
+        columns = (
+            answers.rows,
+            answers.outputs,
+            answers.finish_reasons,
+            answers.prompt_tokens,
+            answers.completion_tokens,
         )
-        for row, output, finish_reason, prompt_tokens, completion_tokens in columns:
+        if len(set(map(len, columns))) != 1:  # told before the first row is taken
+            raise Fatal("The engine answered with columns of different lengths.", code="engine_failed")
+        for row, output, finish_reason, prompt_tokens, completion_tokens in zip(*columns, strict=True):
             call = pending.pop(row, None)
             if call is None:
                 continue

@@ -15,6 +15,7 @@ from operator import itemgetter
 from runtime.errors import Cancelled, SqlextError
 from runtime.gateway.ahead import MAX_AHEAD, Ahead
 from runtime.gateway.call import Asked, Call, PlainOutcome, Ticket, error_of
+from runtime.gateway.collector import relaxed
 from runtime.gateway.dispatch import Dispatcher, WorkerPool
 from runtime.gateway.explain import explain
 from runtime.gateway.known import Known, still_missing
@@ -145,7 +146,8 @@ class Gateway:
             self._asking += 1
             self._known.notice_other_model()
         try:
-            yield
+            with relaxed:
+                yield
         finally:
             with self._lock:
                 self._asking -= 1
@@ -240,7 +242,7 @@ class Gateway:
             return self._open(question, question.prompts, None, statement, ticket)
         lanes = self._known.lanes(question, statement)
         joined, fresh = [], []
-        for prompt in still_missing(question, lanes):
+        for prompt in still_missing(question, lanes, question.missing()):
             call = _open_call(lanes, prompt)
             if call is None:
                 fresh.append(prompt)
@@ -257,7 +259,9 @@ class Gateway:
         lanes = self._known.lanes(question, statement)
         mine = ahead.ticket(statement, question.strict and statement.on_error == "fail")
         joined, fresh = [], []
-        for prompt in still_missing(question, lanes):
+        # In the first run nothing was asked before, and what is under way need not be looked at.
+        missing = question.unknown if mine.passes == 1 else question.missing()
+        for prompt in still_missing(question, lanes, missing):
             call = _open_call(lanes, prompt)
             if call is None:
                 fresh.append(prompt)

@@ -57,12 +57,13 @@ class Known:
             question.outcomes = lanes[0].find(question.prompts)
             if None not in question.outcomes:
                 return
-            unknown = still_missing(question, lanes[1:])
+            unknown = still_missing(question, lanes[1:], question.missing())
             for lane in lanes:
                 if lane.open:
                     unknown = [prompt for prompt in unknown if prompt not in lane.open]
         if unknown and self.stores(question, "read"):
             self._look_into_store(question, unknown)
+        question.unknown = unknown
 
     def lanes(self, question: Question, statement: Statement) -> list[Lane]:
         """Where the statement may find outcomes and open calls; it adds its own to the first. Under the lock."""
@@ -163,9 +164,8 @@ class Known:
         return memory.lane(options)
 
 
-def still_missing(question: Question, lanes: Sequence[Lane]) -> list[Prompt]:
-    """The distinct prompts without an outcome, after these lanes were asked too. Under the gateway's lock."""
-    missing = question.missing()
+def still_missing(question: Question, lanes: Sequence[Lane], missing: list[Prompt]) -> list[Prompt]:
+    """Those of `missing` of which these lanes know nothing; what they know is filled in. Under the gateway's lock."""
     for lane in lanes:
         found = lane.find(missing)
         question.fill({p: o for p, o in zip(missing, found, strict=True) if o is not None})

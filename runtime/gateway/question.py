@@ -32,7 +32,8 @@ class Question:
     cache: CacheMode
     strict: bool = False
     outcomes: list[PlainOutcome | None] = field(default_factory=list)
-    keys: dict[Prompt, bytes] = field(default_factory=dict)  # of the distinct prompts without an outcome
+    unknown: list[Prompt] = field(default_factory=list)  # distinct, not under way and not in memory when looked up
+    keys: dict[Prompt, bytes] = field(default_factory=dict)  # of the unknown ones
 
     def missing(self) -> list[Prompt]:
         """The distinct prompts without an outcome, in their order."""
