@@ -95,17 +95,27 @@ class Runs:
         """A call whose argument is another's answer is only known in the next run, which waits for the first."""
         gateways = self._session.functions.gateways().values()
         is_model = self._session.functions.is_model_function
+
+        def plan() -> probe.Probe | None:
+            running.passes += 1
+            found: probe.Probe | None = self._guard(lambda: probe.plan(self._raw, query, parameters, is_model, frame))
+            return found
+
+        def asked() -> int:
+            return sum(gateway.asked_ahead(running)[0] for gateway in gateways)
+
         running.mode = Mode.AHEAD
-        running.passes += 1
         try:
-            ahead = self._guard(lambda: probe.plan(self._raw, query, parameters, is_model, frame))
+            # Planning has asked constant calls; a plan with their answers may be worth more than one with NULL.
+            ahead = plan() or (plan() if asked() else None)
             if ahead is None:
                 return
             text = edited if ahead.query == query else self._models_last(ahead.query)
-            asked = -1
-            while asked < (before := sum(gateway.asked_ahead(running)[0] for gateway in gateways)):
-                asked = before
+            before = -1
+            while before < (before := asked()):
                 self._run_through(text, parameters, frame)
+                for gateway in gateways:
+                    gateway.pass_over()
                 if ahead.calls < 2 or running.passes >= MAX_PASSES:
                     return
                 running.passes += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -18,6 +19,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = sorted((ROOT / "examples" / "sql").glob("*.sql"))
 BIN = Path(sys.executable).parent
+PROVIDER = "http://localhost:8000/v1"  # where README's provider is
+
+sys.path.append(str(ROOT / "benchmarks"))
+serve = importlib.import_module("openai_server").serve
 
 
 def blocks(language: str) -> list[str]:
@@ -35,15 +40,19 @@ def workplace(tmp_path, monkeypatch, checkpoints):
     return tmp_path
 
 
-def test_readme_sql(ray_cluster, workplace):
-    """Every SQL block of README runs, in order, in one session."""
-    with sqlext.connect() as con:
+def test_readme_sql(ray_cluster, workplace, monkeypatch):
+    """Every SQL block of README runs, in order, in one session; the provider is a server of this machine."""
+    monkeypatch.setenv("OPENAI_API_KEY", "the-key-of-the-readme")
+    with serve() as url, sqlext.connect() as con:
         con.execute("CREATE TABLE questions AS SELECT i AS id, 'question ' || i AS question FROM range(3) r(i)")
+        assert any(PROVIDER in block for block in blocks("sql"))
         for block in blocks("sql"):
-            con.execute(block)
+            con.execute(block.replace(PROVIDER, url))
             con.fetchall()
-        assert con.execute("SELECT count(answer) FROM answers").fetchone() == (3,)
+        for table, column in (("answers", "answer"), ("titles", "title")):
+            assert con.execute(f"SELECT count({column}) FROM {table}").fetchone() == (3,)
     assert not cluster.exists("chat")
+    assert not cluster.exists("gpt")
 
 
 def test_readme_python(ray_cluster, workplace):

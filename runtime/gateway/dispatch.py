@@ -17,7 +17,7 @@ from typing import Protocol
 from runtime.errors import ErrorInfo, Fatal, OutOfMemory, Retryable, RowError, SqlextError
 from runtime.gateway.budget import most_tokens
 from runtime.gateway.call import Call, PlainOutcome, wanted
-from runtime.gateway.collector import relaxed
+from runtime.gateway.interpreter import busy
 from runtime.gateway.pace import Pace, RetryPolicy
 from runtime.gateway.queue import CallQueue
 from runtime.gateway.slots import Slots
@@ -153,7 +153,7 @@ class Dispatcher:
                     now = time.monotonic()
             worker, batch, calls = work
             try:
-                with relaxed:
+                with busy:
                     self._carry(worker, batch, calls)
             finally:
                 with self._lock:

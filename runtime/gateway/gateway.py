@@ -15,9 +15,9 @@ from operator import itemgetter
 from runtime.errors import Cancelled, SqlextError
 from runtime.gateway.ahead import MAX_AHEAD, Ahead
 from runtime.gateway.call import Asked, Call, PlainOutcome, Ticket, error_of
-from runtime.gateway.collector import relaxed
 from runtime.gateway.dispatch import Dispatcher, WorkerPool
 from runtime.gateway.explain import explain
+from runtime.gateway.interpreter import busy
 from runtime.gateway.known import Known, still_missing
 from runtime.gateway.memory import Lane
 from runtime.gateway.pace import RetryPolicy
@@ -146,7 +146,7 @@ class Gateway:
             self._asking += 1
             self._known.notice_other_model()
         try:
-            with relaxed:
+            with busy:
                 yield
         finally:
             with self._lock:

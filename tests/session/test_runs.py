@@ -7,12 +7,9 @@ switched off. Only the workers are scripted.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -22,8 +19,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from scripted import ScriptedPool
 
 import sqlext
@@ -330,7 +325,7 @@ ONCE: list[Any] = [
     "SELECT chat(s, temperature := 0.7) FROM t",
     "SELECT chat(s, temperature := (i % 2) * 0.7) FROM t",
     "SELECT chat(s || nextval('ids')) FROM t",
-    "WITH RECURSIVE r AS (SELECT 's1' AS s UNION ALL SELECT s || chat(s) FROM r WHERE length(s) < 30) FROM r",
+    "WITH RECURSIVE r AS (SELECT 's1' AS s UNION ALL SELECT s || '.' || chat(s) FROM r WHERE length(s) < 20) FROM r",
     "PIVOT (SELECT g, chat(s) AS a FROM t) ON a USING count(*)",
     "UPDATE target SET a = chat('u' || i) WHERE i % 2 = 0; FROM target",
     "UPDATE target SET a = 'yes' WHERE i > 2 AND chat('u' || i) = 'yes' RETURNING i",
