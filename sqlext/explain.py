@@ -32,7 +32,6 @@ _EXPLAINED = pa.schema(
         "calls": _INT,
         "prompt_tokens": _INT,
         "output_tokens": _INT,
-        "max_output_tokens": _INT,
         "seconds": pa.float64(),
         "budget": _TEXT,
         "notes": _TEXT,
@@ -107,7 +106,7 @@ def _figures(explained: Explained, gateway: Gateway, measured: Measured | None) 
         "calls": calls,
         "prompt_tokens": explained.prompt_tokens,
         "output_tokens": output if output is None or most is None else min(output, most),
-        "max_output_tokens": most,
+        "most_output_tokens": most,
         "seconds": None if seconds is None else float(f"{seconds:.3g}"),
     }
 
@@ -115,7 +114,7 @@ def _figures(explained: Explained, gateway: Gateway, measured: Measured | None) 
 def _budget(budgets: Budgets, figures: Sequence[dict[str, Any]]) -> str:
     """'within', the setting that would be exceeded, or 'unknown'; answers count as estimated, or at their longest."""
     answers = [
-        each["max_output_tokens"] if each["output_tokens"] is None else each["output_tokens"] for each in figures
+        each["most_output_tokens"] if each["output_tokens"] is None else each["output_tokens"] for each in figures
     ]
     tokens = [each["prompt_tokens"] for each in figures] + answers
     exceeded = budgets.exceeded_by(sum(each["calls"] for each in figures), sum(known or 0 for known in tokens))

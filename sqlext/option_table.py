@@ -93,7 +93,7 @@ _EVERY_ACTION = tuple(action.name for action in ACTIONS)
 
 SETTINGS = (
     OptionSpec("num_workers", "int", "Workers of a model, each with one copy of it.", _S, 1, ("maxConcurrency",), minimum=1),
-    OptionSpec("worker_concurrency", "int", "Batches that one worker runs at the same time; not set: 1, and 8 for remote models.", _S, None, ("workerMaxConcurrency",), minimum=1),
+    OptionSpec("worker_concurrency", "int", "Batches that one worker runs at the same time; not set: 1, and 32 for remote models.", _S, None, ("workerMaxConcurrency",), minimum=1),
     OptionSpec("gpus_per_worker", "float", "GPUs of one worker, fractions allowed; not set: one when the cluster has any.", _S, None, ("num_gpus",), minimum=0),
     OptionSpec("cpus_per_worker", "float", "CPUs that one worker reserves; rounded down, but at least 1, its number of threads.", _S, 0.5, ("num_cpus",), minimum=0),
     OptionSpec("infer_backend", "text", "Engine that runs models; transformers chooses by the checkpoint.", _S, "transformers", spellings=(("ray/vllm", "vllm"), ("ray/deepspeed", "deepspeed"))),

@@ -112,7 +112,8 @@ class Runs:
                 return
             text = edited if ahead.query == query else self._models_last(ahead.query)
             before = -1
-            while before < (before := asked()):
+            while before < (found := asked()):
+                before = found
                 self._run_through(text, parameters, frame)
                 for gateway in gateways:
                     gateway.pass_over()

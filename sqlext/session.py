@@ -44,7 +44,8 @@ class Session:
     def __init__(self, raw: duckdb.DuckDBPyConnection) -> None:
         self._admin = raw.cursor()
         self.statements = StatementTable()
-        self.functions = FunctionCatalog(self._admin, self.statements, PromptOrders(self._recall, self._remember))
+        self._orders = PromptOrders(self._recall, self._remember)
+        self.functions = FunctionCatalog(self._admin, self.statements, self._orders)
         self.settings: dict[str, Any] = options.defaults("single")
         self.variables: dict[str, str] = {}
         self.dialect = "duckdb"
@@ -63,6 +64,8 @@ class Session:
         """A statement with the session's present settings, its clock running."""
         settings = self.settings
         self._bound_store()
+        if not self.statements.running():
+            self._orders.new_statement()
         self._budget.limits = _limits(settings, "session.")
         budgets = [Budget(_limits(settings)), self._budget]
         statement = Statement(
@@ -100,12 +103,18 @@ class Session:
 
     @property
     def store(self) -> ResultStore | None:
-        """Where answers are kept beyond the session; opened when it is first needed. None with cache=off.
+        """Where answers are kept beyond the session; opened when it is first needed. None where it cannot be opened
+        and cache=off, which needs none.
 
         Raises:
             SqlextError: it cannot be opened.
         """
-        return self._opened_store() if self.settings["cache"] != "off" else self._store
+        try:
+            return self._opened_store()
+        except SqlextError:
+            if self.settings["cache"] != "off":
+                raise
+            return None
 
     def stored(self) -> ResultStore | None:
         """What is stored already, also with cache=off; None when there is nothing. No file is made.
@@ -138,6 +147,8 @@ class Session:
 
     def forget_answers(self, model: str | None = None) -> None:
         """Drop what `model`, or every model, has answered from memory; the store is left as it is."""
+        if model is None:
+            self._orders.forget()
         for name, gateway in self.functions.gateways().items():
             if model in (None, name):
                 gateway.forget_answers()

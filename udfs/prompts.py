@@ -34,6 +34,7 @@ MACRO = (
 ALL = "*"
 _PARTS = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _SAMPLE = 20_000  # values that an order is decided from
+ENOUGH_ROWS = 16  # to decide an order
 _JSON = json.JSONDecoder()
 
 _Names: TypeAlias = tuple[str, ...]
@@ -121,8 +122,8 @@ def _no_such_field(said: str, names: _Names, position: int) -> UserError:
 class PromptOrders:
     """The order of the fields that `{*}` stands for, by template and field names. Thread-safe.
 
-    It is decided from the first chunk of two rows or more, and then stays: equal rows give equal prompts. (A row that
-    came alone before has its fields as they stand in `columns`.)
+    It is decided from the first chunk of 16 rows or more, and then stays: equal rows give equal prompts. Fewer rows
+    have their fields as they stand in `columns`, and so have all others of their statement.
 
     Args:
         recall: what was remembered under a key, also by other processes; None: nothing.
@@ -138,6 +139,7 @@ class PromptOrders:
         self._recall = recall or kept.get
         self._remember = remember or kept.__setitem__
         self._orders: dict[tuple[str, _Names], _Names] = {}
+        self._undecided: set[tuple[str, _Names]] = set()
         self._lock = threading.Lock()
 
     def order(self, template: str, columns: _Columns, rest: _Names) -> _Names:
@@ -149,13 +151,32 @@ class PromptOrders:
             key = "prompt_order:" + hashlib.sha256(json.dumps([template, rest]).encode()).hexdigest()
             known = self._orders.get((template, rest)) or _valid(self._recall(key), rest)
             if known is None:
-                if len(columns[rest[0]]) < 2:
-                    return rest
-                chosen = best_order({name: columns[name] for name in rest})
-                self._remember(key, json.dumps(chosen))
-                known = _valid(self._recall(key), rest) or chosen
+                known = self._decided(key, columns, rest)
+                if known is None:
+                    known = rest
+                    self._undecided.add((template, rest))
             self._orders[template, rest] = known
             return known
+
+    def new_statement(self) -> None:
+        """A statement begins: what an earlier one had too few rows for may be decided now."""
+        with self._lock:
+            for undecided in self._undecided:
+                self._orders.pop(undecided, None)
+            self._undecided.clear()
+
+    def forget(self) -> None:
+        """Decide anew, unless a decision is remembered elsewhere."""
+        with self._lock:
+            self._orders.clear()
+            self._undecided.clear()
+
+    def _decided(self, key: str, columns: _Columns, rest: _Names) -> _Names | None:
+        if len(columns[rest[0]]) < ENOUGH_ROWS:
+            return None
+        chosen = best_order({name: columns[name] for name in rest})
+        self._remember(key, json.dumps(chosen))
+        return _valid(self._recall(key), rest) or chosen
 
     def prompts(self, templates: pa.ChunkedArray, fields: pa.ChunkedArray, objects: pa.ChunkedArray) -> pa.Array:
         """The Arrow function behind the macro: a prompt for each row, NULL where the template or the fields are.

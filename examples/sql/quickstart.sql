@@ -39,7 +39,8 @@ RUN command AS LLM.`build/small-model` WHERE action="infer" AND udfName="ask" AN
 SELECT name, ask('What does ' || name || ' do?') AS answer
 FROM (VALUES ('median'), ('upper'), ('array_length')) t(name);
 
--- 5. The row form shows what a call was: tokens, how it ended, and that equal questions are asked once.
+-- 5. The row form shows what a call was: tokens, how it ended, and whether the answer was there before. Equal questions
+--    are asked once: here one call answers both rows.
 SELECT r.output IS NOT NULL AS answered, r.error, r.prompt_tokens, r.completion_tokens, r.finish_reason, r.cached
 FROM (SELECT ask_row('What does ' || name || ' do?') AS r FROM (VALUES ('floor'), ('floor')) t(name));
 

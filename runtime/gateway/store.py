@@ -148,8 +148,10 @@ class ResultStore:
             return [StoreLine(*line) for line in self._db.execute(_SUMMARY)]
 
     def clear(self, model: str | None = None) -> int:
-        """Forget the answers of `model`, or all; their number. The file shrinks."""
+        """Forget the answers of `model`, or all answers and facts; the number of answers. The file shrinks."""
         if model is None:
+            with self._file.writing():
+                self._db.execute("DELETE FROM facts")
             return self._remove("true", ())
         return self._remove("model IN (SELECT id FROM models WHERE model = ?)", (model,))
 

@@ -71,7 +71,7 @@ def test_a_remote_model_answers_in_sql(con, remote, service):
     assert asked["last"]["max_tokens"] == 20
     assert con.execute(f"SELECT {name}_row('hello').output").fetchone() == ("HELLO",)
     (info,) = [info for info in cluster.deployments() if info.name == name]
-    assert (info.pool.worker_concurrency, info.pool.gpus_per_worker) == (8, 0.0)
+    assert (info.pool.worker_concurrency, info.pool.gpus_per_worker) == (32, 0.0)
     assert info.info.max_answer_tokens == 20
     assert len(info.spec.fingerprint) == 64
 

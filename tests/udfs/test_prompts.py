@@ -31,8 +31,9 @@ class Database:
 
     def __init__(self, orders: PromptOrders | None = None) -> None:
         self.raw = duckdb.connect()
+        self.orders = orders or PromptOrders()
         self.admin = self.raw.cursor()
-        self.functions = FunctionCatalog(self.admin, StatementTable(), orders)
+        self.functions = FunctionCatalog(self.admin, StatementTable(), self.orders)
         self.functions.catch_up(self.raw, 0)
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
@@ -172,17 +173,19 @@ def test_equal_rows_give_equal_prompts_for_ever(db: Database):
     assert lone == {review: first[review] for review in lone}
 
 
-def test_a_row_alone_decides_nothing(db: Database):
-    """One row says nothing about repetition: its fields stand as they are given."""
+def test_few_rows_decide_nothing(db: Database):
+    """They say little of repetition: their fields stand as they are given, in all chunks of their statement."""
     db.raw.execute(REVIEWS)
-    assert db.column("SELECT prompt('{*}', r) FROM reviews r LIMIT 1")[0].startswith("review: ")
+    assert db.column("SELECT prompt('{*}', r) FROM reviews r LIMIT 15")[0].startswith("review: ")
+    assert db.column("SELECT prompt('{*}', r) FROM reviews r")[0].startswith("review: ")
+    db.orders.new_statement()
     assert db.column("SELECT prompt('{*}', r) FROM reviews r")[0].startswith("product: ")
 
 
 def test_an_order_is_remembered_by_other_processes():
     """The first decision counts, also for a process that meets other rows first or decides at the same time."""
     kept: dict[str, str] = {}
-    columns = {"a": ["1", "2", "3"], "b": ["x", "x", "x"]}
+    columns = {"a": [str(n) for n in range(16)], "b": ["x"] * 16}
     assert PromptOrders(kept.get, kept.setdefault).order("{*}", columns, ("a", "b")) == ("b", "a")
     swapped = {"a": columns["b"], "b": columns["a"]}
     assert PromptOrders(kept.get, kept.setdefault).order("{*}", swapped, ("a", "b")) == ("b", "a")
@@ -198,16 +201,16 @@ def test_an_order_is_remembered_by_other_processes():
 def test_a_remembered_order_of_other_fields_is_not_used(kept: str):
     """Whatever the map says, every field is in the prompt once."""
     orders = PromptOrders(lambda key: kept, lambda key, order: None)
-    assert orders.order("{*}", {"a": ["1", "2"], "b": ["x", "x"]}, ("a", "b")) == ("b", "a")
+    assert orders.order("{*}", {"a": ["1", "2"] * 8, "b": ["x", "x"] * 8}, ("a", "b")) == ("b", "a")
 
 
 def test_orders_belong_to_their_template_and_fields():
     """Another template or other fields decide for themselves."""
     orders = PromptOrders()
-    columns = {"a": ["1", "2"], "b": ["x", "x"], "c": ["y", "y"]}
+    columns = {"a": ["1", "2"] * 8, "b": ["x", "x"] * 8, "c": ["y", "y"] * 8}
     assert orders.order("{*}", columns, ("a", "b")) == ("b", "a")
-    assert orders.order("{*}", {**columns, "b": ["1", "2"], "a": ["x", "x"]}, ("a", "b")) == ("b", "a")
-    assert orders.order("{*}!", {**columns, "b": ["1", "2"], "a": ["x", "x"]}, ("a", "b")) == ("a", "b")
+    assert orders.order("{*}", {**columns, "b": ["1", "2"] * 8, "a": ["x", "x"] * 8}, ("a", "b")) == ("b", "a")
+    assert orders.order("{*}!", {**columns, "b": ["1", "2"] * 8, "a": ["x", "x"] * 8}, ("a", "b")) == ("a", "b")
     assert orders.order("{*}", columns, ("a", "b", "c")) == ("b", "c", "a")
 
 
