@@ -94,7 +94,7 @@ def _setup(statement: Setup, connection: Connection) -> None:
     options.require_available(statement.settings, "setup")
     engines.require(str(resolved.values.get("infer_backend", "transformers")))
     base = options.defaults(statement.preset) if statement.preset else session.settings
-    session.settings = {**base, **resolved.values}
+    session.change_settings({**base, **resolved.values})
     for notice in resolved.notices:
         session.notify(notice)
 

@@ -9,7 +9,18 @@ import json
 from typing import Any
 
 from sqlext.query_sources import Sources, builtin
-from sqlext.query_tree import Node, function_of, has, lowered, nodes, of, words
+from sqlext.query_tree import (
+    CONDITIONAL,
+    CONDITIONAL_FUNCTIONS,
+    LIMITS,
+    Node,
+    function_of,
+    has,
+    lowered,
+    nodes,
+    of,
+    words,
+)
 
 # What gives NULL for NULL, or follows three-valued logic: with NULL for an answer, fewer rows pass, never others.
 _STRICT_TYPES = words(
@@ -23,9 +34,6 @@ _STRICT_FUNCTIONS = words(
     "regexp_replace split_part abs round floor ceil json_extract json_extract_string struct_extract array_extract "
     "array_cosine_similarity array_cosine_distance array_distance array_inner_product"
 )
-_CONDITIONAL = words("CASE_EXPR OPERATOR_COALESCE OPERATOR_TRY CONJUNCTION_OR OPERATOR_NOT")
-_CONDITIONAL_FUNCTIONS = words("if iff ifnull nvl nullif")
-_LIMITS = ("LIMIT_MODIFIER", "LIMIT_PERCENT_MODIFIER")
 
 
 def harmless(sources: Sources, calls: int) -> bool:
@@ -62,7 +70,7 @@ class _Flow:
         self.is_call = sources.is_call
         ctes = (it["key"] for node in nodes(self.trees) for it in (node.get("cte_map") or {}).get("map", ()))
         self._derived = lowered(ctes) | sources.expanded  # tables that are queries themselves
-        self._names = set(sources.parameters)
+        self._names = sources.parameters | sources.columns
         self._rows: set[str] = set()  # a table's name alone stands for its row
         for node in nodes(self.trees):
             self._names |= lowered((node.get("column_name_alias") or []) + (node.get("aliases") or []))
@@ -79,7 +87,7 @@ class _Flow:
     def limited(self) -> bool:
         """Whether reading may stop early above a call."""
         exists = any(it.get("subquery_type") == "EXISTS" for it in of(self.trees, "SUBQUERY"))
-        limited = (node for node in nodes(self.trees) if has(node.get("modifiers"), *_LIMITS))
+        limited = (node for node in nodes(self.trees) if has(node.get("modifiers"), *LIMITS))
         return exists or any(self._asks(node) for node in limited)
 
     def _asks(self, query: Node) -> bool:
@@ -164,7 +172,7 @@ class _Flow:
     def _chooses(self, node: Node) -> bool:
         if node.get("type") == "CASE_EXPR" and not self.carries([it["when_expr"] for it in node["case_checks"]]):
             return False
-        if node.get("type") not in _CONDITIONAL and function_of(node) not in _CONDITIONAL_FUNCTIONS:
+        if node.get("type") not in CONDITIONAL and function_of(node) not in CONDITIONAL_FUNCTIONS:
             return False
         inside = [it for it in nodes(node) if self._carrier(it)]
         return any(self.is_call(it) for it in inside) and len({json.dumps(it) for it in inside}) > 1

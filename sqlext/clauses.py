@@ -21,12 +21,12 @@ _CLAUSE_ENDS = words(
 _QUERY_STARTS = words("SELECT FROM WITH VALUES TABLE PIVOT UNPIVOT DESCRIBE SHOW SUMMARIZE")
 # A condition of these alone cannot fail for a row, so that it may be evaluated for rows that the answer would drop.
 _SURE = words(
-    "abs and any avg between ceil coalesce concat contains count date_part date_trunc day dense_rank else "
-    "ends_with extract floor greatest hash ifnull ilike in isnan least left len length like list_contains lower "
-    "ltrim max md5 min month not nullif or over prefix rank regexp_full_match regexp_matches replace reverse "
-    "right round row_number rtrim starts_with strlen strpos substr substring suffix sum then trim try_cast upper "
-    "when year"
+    "and any avg between ceil coalesce concat contains count date_trunc day dense_rank else ends_with extract floor "
+    "greatest hash ifnull ilike in isnan least left len length like list_contains lower ltrim max md5 min month not "
+    "nullif or over prefix rank regexp_full_match regexp_matches replace reverse right round row_number rtrim "
+    "starts_with strlen strpos substr substring suffix then trim try_cast upper when year"
 )
+_MAY_OVERFLOW = ("*", "<<")
 _TEXT_TYPES = words("VARCHAR TEXT STRING")
 
 
@@ -75,6 +75,7 @@ class Reader:
         self.numbered = any(it.word == "?" for it in self.tokens)
         self._functions = functions
         self._ends = self._brackets()
+        self._many_tables = self.joins or any(map(self._lists_tables, range(len(self.tokens))))
 
     def place(self, condition: Condition) -> tuple[int, int]:
         """Where a condition begins and ends in the text."""
@@ -125,9 +126,36 @@ class Reader:
         if any(self.tokens[n].word == "(" and self._is_query(n) for n in inside):
             return Condition(first, last, asks=False, sure=True)
         called = [self._name(n) for n in inside if n + 1 < last and self.tokens[n + 1].word == "("]
-        asks = any(self._functions(name) for name in called)
+        asks = any(self._functions(name) for name in called) and not self._may_join(first, last)
         unsure = any(name not in _SURE and not self._functions(name) for name in called if name)
-        return Condition(first, last, asks, not unsure and not any(map(self._casts, inside)))
+        return Condition(
+            first, last, asks, not unsure and not any(self._casts(n) or self._computes(n) for n in inside)
+        )
+
+    def _may_join(self, first: int, last: int) -> bool:
+        """Whether DuckDB may join tables by this condition, which it could not if it were changed."""
+        n = first
+        while self._many_tables and n < last:
+            if self.tokens[n].word == "=":
+                sides = (range(first, n), range(n + 1, last))
+                return all(any(self.tokens[m].kind in (Kind.WORD, Kind.DOUBLE) for m in side) for side in sides)
+            n = self._after(n)
+        return False
+
+    def _lists_tables(self, n: int) -> bool:
+        """Whether a FROM stands here that lists tables with commas."""
+        if self.tokens[n].word != "FROM":
+            return False
+        n += 1
+        while n < len(self.tokens) and self.tokens[n].word not in (*_CLAUSE_ENDS, ")"):
+            if self.tokens[n].word == ",":
+                return True
+            n = self._after(n)
+        return False
+
+    def _computes(self, n: int) -> bool:
+        """Whether there is arithmetic that overflows soon; the star of count(*) is none."""
+        return self.tokens[n].word in _MAY_OVERFLOW and self._words(n - 1, 3) != ("(", "*", ")")
 
     def _casts(self, n: int) -> bool:
         """Whether a cast is made that some value may not survive; a constant fails before any row, or never."""

@@ -235,7 +235,7 @@ class Connection:
             raise duckdb.InvalidInputException("There is no result: the last statement answers with none.")
         reader = getattr(self._result, name)
         rows = self._guarded(lambda: reader(*arguments, **named))
-        if name in _WHOLE_READERS:
+        if name in _WHOLE_READERS or (name in ("fetchone", "fetchmany") and not rows):
             self._finish()
         return rows
 

@@ -21,6 +21,7 @@ from sqlext.interrupt import call_from
 from sqlext.lexemes import significant
 from sqlext.query_sources import Sources, builtin, repeatable, rereadable
 from sqlext.query_tree import Run, explained, parsed, query_span, words
+from sqlext.row_order import settled
 
 _CALLED = re.compile(r'([^\W\d][\w$]*)"?\s*\(')  # also in strings: this only decides whether to look closer
 # What may stand before a parenthesis and calls nothing. A word that is missing here costs time, nothing else.
@@ -74,7 +75,9 @@ def plan(
         calls = sources.calls()
         if not calls or _in_transaction(run):
             return None
-        if not (repeatable(sources) and rereadable(run, sources) and harmless(sources, calls)):
+        if not (repeatable(sources) and harmless(sources, calls) and settled(run, sources)):
+            return None
+        if not rereadable(run, sources):
             return None
         full = explained(run, text, parameters)
         inner = full if query == text else explained(run, query, parameters)

@@ -19,6 +19,17 @@ Node: TypeAlias = dict[str, Any]
 Run: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 """Runs SQL and gives all rows."""
 
+def words(text: str) -> frozenset[str]:
+    """The words of a text, for tables of names."""
+    return frozenset(text.split())
+
+
+CONDITIONAL = words("CASE_EXPR OPERATOR_COALESCE OPERATOR_TRY CONJUNCTION_OR OPERATOR_NOT")
+"""Types of nodes that may leave a part of themselves out."""
+CONDITIONAL_FUNCTIONS = words("if iff ifnull nvl nullif")
+"""Functions that do so."""
+LIMITS = ("LIMIT_MODIFIER", "LIMIT_PERCENT_MODIFIER")
+"""Types of a query's modifiers that end it early."""
 _QUERY_STARTS = ("SELECT", "FROM", "WITH", "VALUES", "TABLE")
 
 
@@ -111,11 +122,6 @@ def of(tree: Any, *types: str) -> Iterator[Node]:
 def has(tree: Any, *types: str) -> bool:
     """Whether there is a node of these types."""
     return any(True for _ in of(tree, *types))
-
-
-def words(text: str) -> frozenset[str]:
-    """The words of a text, for tables of names."""
-    return frozenset(text.split())
 
 
 def lowered(names: Iterable[Any]) -> set[str]:

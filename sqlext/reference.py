@@ -62,11 +62,11 @@ _INTRO = """# Reference
 
 Made by `python -m sqlext.reference` from the option table; do not edit it here.
 
-Every other statement is DuckDB's and reaches it as typed, but that conditions on a model's answer are put so that they
-are evaluated last. Keywords and option names are read without regard to case,
-option names also without regard to underscores (`udfName` and `udf_name` are one). Values are quoted (`'…'`, `"…"`,
-`'''…'''`, `$$…$$`) or bare numbers, true and false. In `'…'` and `"…"` a quote is doubled or written `\\'`; `\\n`,
-`\\t` and `\\\\` mean what they mean elsewhere. `OPTIONS` is the same as `WHERE`. Comments may stand anywhere.
+Every other statement is DuckDB's and reaches it as typed; only conditions on a model's answer are put so that they
+are evaluated last. Keywords and option names are read without regard to case, option names also without regard to
+underscores (`udfName` and `udf_name` are one). Values are quoted (`'…'`, `"…"`, `'''…'''`, `$$…$$`) or bare
+numbers, true and false. In `'…'` and `"…"` a quote is doubled or written `\\'`; `\\n`, `\\t` and `\\\\` mean what
+they mean elsewhere. `OPTIONS` is the same as `WHERE`. Comments may stand anywhere.
 """
 
 

@@ -67,11 +67,11 @@ class Runs:
         self._run_ahead(running, query, edited, parameters, frame)
         try:
             return execute(edited)
-        except duckdb.Error as error:
+        except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException) as error:
             if edited == query:
                 raise
             try:
-                return execute(query)  # the user's text: an error in it has its place there
+                return execute(query)  # nothing was done yet, and the place of the error is that in the user's text
             except duckdb.TransactionException:
                 raise error from None
 

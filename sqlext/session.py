@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -60,13 +59,20 @@ class Session:
         self._reader = raw.cursor()  # a cursor serves one thread at a time
         self._reading = threading.Lock()
 
+    def change_settings(self, settings: dict[str, Any]) -> None:
+        """Take these settings for what follows, also for queries that DuckDB runs without us, as of a relation."""
+        self.settings = settings
+        self._bound_store()
+        self._budget.limits = _limits(settings, "session.")
+        unknown = self.statements.default
+        unknown.on_error, unknown.cache = settings["on_error"], settings["cache"]
+        unknown.budgets = Budgets([self._budget])
+
     def new_statement(self, query: str = "") -> Statement:
         """A statement with the session's present settings, its clock running."""
         settings = self.settings
-        self._bound_store()
         if not self.statements.running():
             self._orders.new_statement()
-        self._budget.limits = _limits(settings, "session.")
         budgets = [Budget(_limits(settings)), self._budget]
         statement = Statement(
             self.statements.new_id(),
@@ -86,7 +92,10 @@ class Session:
         for gateway in self.functions.gateways().values():
             gateway.forget(statement)
         if statement.usage:
-            self._budget.seconds += time.monotonic() - statement.started
+            # The time after the last answer is the user's own.
+            self._budget.seconds += max(usage.ended or statement.started for usage in statement.usage.values()) - (
+                statement.started
+            )
             self._add_measured(statement)
             with self._lock:
                 self.history.append(statement)

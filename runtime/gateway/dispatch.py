@@ -294,6 +294,7 @@ class Dispatcher:
             if call is None:
                 continue
             error = errors.get(row) if errors else None
+            error = error or _unsound(output)
             if error is not None and row in answers.retry_after_s:
                 with self._lock:
                     self._fail_for_now(call, error, answers.retry_after_s[row])
@@ -394,6 +395,18 @@ class Dispatcher:
             call.shut()
         self._unreserve(calls)
         self.drop_unwanted()
+
+
+def _unsound(output: object) -> ErrorInfo | None:
+    """What is wrong with an answer that could not be shown or stored; None: nothing."""
+    if output is None:
+        return ErrorInfo("no_answer", "The engine gave no answer to the row, and no cause.")
+    if isinstance(output, str) and not output.isascii():
+        try:
+            output.encode()
+        except UnicodeEncodeError:
+            return ErrorInfo("bad_answer", "The answer holds characters that are no valid Unicode text.")
+    return None
 
 
 def _fault(error: Exception) -> SqlextError:

@@ -353,7 +353,7 @@ def test_cancel_leaves_questions_that_others_wait_for():
 def test_memory_is_bounded():
     """What was asked longest ago leaves memory when the outcomes take more than their share."""
     pool = ScriptedPool(max_batch_rows=1000)
-    gateway = Gateway(pool, memory_bytes=500_000)
+    gateway = Gateway(pool, memory_bytes=1_000_000)
     for start in range(0, 20_000, 2000):
         outputs(gateway, [f"row {i}" for i in range(start, start + 2000)])
     assert len(gateway._known) <= 2000  # a generation is a whole number of batches
@@ -432,4 +432,20 @@ def test_an_engine_that_forgets_rows_is_found_out():
     asked = ask(gateway, ["a", "lost", "b"], Statement(1))
     assert [o.output for o in asked] == ["A", None, "B"]
     assert asked[1].error is not None
+    gateway.close()
+
+
+@pytest.mark.parametrize(("output", "code"), [(None, "no_answer"), ("half \ud800", "bad_answer")])
+def test_what_is_no_answer_is_an_error_of_its_row(output: str | None, code: str):
+    """Nothing, and text that is none, are never given out, stored or taken for a value."""
+
+    class Odd(ScriptedPool):
+        def run(self, worker, batch):
+            for answers in super().run(worker, batch):
+                answers.outputs[:] = [output if text == "ODD" else text for text in answers.outputs]
+                yield answers
+
+    gateway = Gateway(Odd())
+    asked = ask(gateway, ["a", "odd", "b"])
+    assert [(o.output, o.error.code if o.error else None) for o in asked] == [("A", None), (None, code), ("B", None)]
     gateway.close()

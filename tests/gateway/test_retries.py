@@ -212,11 +212,11 @@ def test_the_wait_that_a_provider_asks_for_is_not_the_row_s():
 
 def test_time_in_the_queue_is_not_the_row_s():
     """Behind a long table a row has as many attempts as before a short one."""
-    policy = RetryPolicy(first_delay_s=SOON, longest_delay_s=SOON, row_deadline_s=0.05)
+    policy = RetryPolicy(first_delay_s=SOON, longest_delay_s=SOON, row_deadline_s=1.0)
 
     class SlowPool(FailingPool):
         def run(self, worker: int, batch: Batch) -> Iterator[Answers]:
-            time.sleep(0.01)
+            time.sleep(0.05)
             return super().run(worker, batch)
 
     pool = SlowPool(lambda prompt, attempt: ("timeout", 0.0) if prompt == "row 0" and attempt < 3 else None)

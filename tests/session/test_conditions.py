@@ -245,6 +245,10 @@ def test_every_clause(world, query, calls):
             "DELETE FROM few USING (FROM t WHERE b) x WHERE few.k = x.k AND chat(v) = 'x';",
             "DELETE FROM few USING (FROM t WHERE b) x WHERE few.k = x.k AND (CASE WHEN (chat(v) = 'x') THEN 1 END > 0);",
         ),
+        (  # it may overflow for rows that the answer keeps away from it
+            "SELECT i FROM t WHERE chat(s) = 'x' AND i * 3 > 1",
+            "SELECT i FROM t WHERE (CASE WHEN (chat(s) = 'x') THEN 1 END > 0) AND (CASE WHEN (i * 3 > 1) THEN 1 END > 0)",
+        ),
         (  # the cast would fail for rows that the answer keeps away from it
             "FROM t WHERE i % 5 = 0 AND chat(s) = 'number' AND s::INTEGER > 3",
             "FROM t WHERE i % 5 = 0 AND (CASE WHEN (chat(s) = 'number') THEN 1 END > 0) "
@@ -260,6 +264,8 @@ def test_what_becomes_of_a_text(world, statement, edited):
 @pytest.mark.parametrize(
     "statement",
     [
+        "SELECT i FROM t, few WHERE chat(t.s) = few.v AND t.i > 3",  # tables are joined by it
+        "SELECT i FROM t JOIN few ON true WHERE few.v = chat(t.s)",
         "SELECT i FROM t WHERE i % 5 = 0",
         "SELECT chat(s) FROM t WHERE i % 5 = 0",
         "SELECT i FROM t WHERE chat(s) LIKE 'A%'",
