@@ -58,6 +58,11 @@ class CallOptions:
         """True when equal prompts give equal answers, so that one call serves them all."""
         return not self.temperature or self.seed is not None
 
+    @property
+    def plain(self) -> CallOptions:
+        """These options as all that mean the same are written: a temperature of 0 is not said."""
+        return replace(self, temperature=None) if self.temperature == 0 else self
+
     def over(self, defaults: CallOptions) -> CallOptions:
         """These options, with what they do not say taken from `defaults`."""
         said = {

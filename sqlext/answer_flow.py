@@ -62,6 +62,11 @@ def ends_early(sources: Sources) -> bool:
     return flow.limited and (flow.guides or flow.merges)
 
 
+def holds_answer(sources: Sources, tree: Any) -> bool:
+    """Whether the value of an expression of the query may depend on an answer."""
+    return _Flow(sources).carries(tree)
+
+
 class _Flow:
     """Where answers go. Names are not told apart by scope: a name that may hold an answer somewhere, does."""
 

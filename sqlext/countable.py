@@ -17,8 +17,11 @@ from runtime.errors import UserError
 from sqlext.answer_flow import decides_calls, ends_early
 from sqlext.interrupt import call_from
 from sqlext.probe import query_of
-from sqlext.query_sources import Sources, consumes
-from sqlext.query_tree import function_of, has, nodes, parsed
+from sqlext.query_sources import Sources
+from sqlext.query_tree import function_of, has, nodes, parsed, words
+from sqlext.rereading import consumes
+
+_CHANGING = words("nextval setval setseed write_log")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,8 @@ def query_in(
         return Countable(query, frozenset(), depends=True, stops=True)
     sources = Sources(run, tree, functions)
     called = {function_of(node) for node in nodes(sources.all)}
-    if "nextval" in called:
-        raise _refused("nextval() would take numbers from its sequence")
+    if changing := called & (_CHANGING | sources.volatile):
+        raise _refused(f"{min(changing)}() changes something, or may do so, each time it is called")
     if has(sources.all, "RECURSIVE_CTE_NODE"):
         raise _refused("without answers a recursion may never end")
     if consumes(run, sources):

@@ -19,8 +19,9 @@ import duckdb
 from sqlext.answer_flow import harmless
 from sqlext.interrupt import call_from
 from sqlext.lexemes import significant
-from sqlext.query_sources import Sources, builtin, repeatable, rereadable
+from sqlext.query_sources import Sources, builtin, repeatable
 from sqlext.query_tree import Run, explained, parsed, query_span, words
+from sqlext.rereading import rereadable
 from sqlext.row_order import settled
 
 _CALLED = re.compile(r'([^\W\d][\w$]*)"?\s*\(')  # also in strings: this only decides whether to look closer
@@ -75,9 +76,8 @@ def plan(
         calls = sources.calls()
         if not calls or _in_transaction(run):
             return None
-        if not (repeatable(sources) and harmless(sources, calls) and settled(run, sources)):
-            return None
-        if not rereadable(run, sources):
+        again = repeatable(sources) and settled(run, sources) and rereadable(run, sources)
+        if not (again and harmless(sources, calls)):
             return None
         full = explained(run, text, parameters)
         inner = full if query == text else explained(run, query, parameters)

@@ -1,4 +1,4 @@
-"""What a query reads and calls, with everything that its views and macros hide, and whether that can be done twice.
+"""What a query reads and calls, with everything that its views and macros hide.
 
 It stands alone because views and macros have to be opened before anything can be said about a query.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
-import stat
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +16,15 @@ from typing import Any
 import duckdb
 
 from sqlext.lexemes import significant
-from sqlext.query_tree import Node, Run, explained, function_of, has, lowered, nodes, of, parsed, words
-from sqlext.tables import OWN_TABLES
-from udfs.signatures import quote
+from sqlext.query_tree import Node, Run, function_of, has, lowered, nodes, of, parsed, words
 
 # Answers that differ between two statements, beside those of functions that DuckDB calls volatile. Dates may pass.
 _CLOCKS = words(
     "now get_current_time get_current_timestamp transaction_timestamp current_timestamp current_time localtime "
-    "localtimestamp"
+    "localtimestamp current_localtime current_localtimestamp txid_current ago pg_conf_load_time "
+    "pg_postmaster_start_time"
 )
-_WEB = ("http://", "https://")
-_READERS = ("read_", "parquet_scan", "glob")
-_TABLE_FUNCTIONS = words("range generate_series unnest repeat repeat_row json_each json_tree")
+_OURS = re.compile(r"__udf\d+$")  # the endings of the functions behind models and helpers
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +56,10 @@ class Sources:
     Attributes:
         trees: of the query and its views.
         macros: trees of the user's macros, by name.
-        parameters: names of the macros' parameters and of the views' columns.
+        parameters: names of the macros' parameters.
+        columns: names of the views' columns.
         volatile: functions of the user's whose answers differ from call to call.
+        python: functions of the user's written in Python; what they do beside answering is not known.
         expanded: views that `trees` holds, unlike those over a registered Python object.
         complete: nothing was left out.
     """
@@ -70,20 +68,41 @@ class Sources:
         self.trees: list[Node] = []
         self.macros: dict[str, list[Node]] = {}
         self.parameters: set[str] = set()
+        self.columns: set[str] = set()
         self.volatile: set[str] = set()
+        self.python: set[str] = set()
         self.expanded: set[str] = set()
         self.complete = True
         self._is_model = is_model
         self._run = run
         self._seen: set[str] = set()
+        self._seen_views: set[str] = set()
         self._add(tree)
         self._callers: set[str] = set()
         while more := {name for name, trees in self.macros.items() if self._has_call(trees)} - self._callers:
             self._callers |= more
 
     @functools.cached_property
-    def _views(self) -> dict[str, str]:
-        return dict(self._run("SELECT lower(view_name), sql FROM duckdb_views() WHERE NOT internal"))
+    def _views(self) -> dict[str, list[str]]:
+        """The definitions of views by name, of all schemas: which one a query means is not looked up."""
+        views: dict[str, list[str]] = {}
+        for name, sql in self._run("SELECT lower(view_name), sql FROM duckdb_views() WHERE NOT internal"):
+            views.setdefault(name, []).append(sql)
+        return views
+
+    @functools.cached_property
+    def _functions(self) -> dict[str, list[tuple[Any, ...]]]:
+        """All functions that are not DuckDB's own, by name. To list them takes longer than all else together, so that
+        they are only looked at for a name that DuckDB does not have."""
+        rows = self._run(
+            "SELECT lower(function_name), function_type, macro_definition, parameters, stability "
+            "FROM duckdb_functions() WHERE NOT internal OR lower(function_name) NOT IN (SELECT unnest(?::VARCHAR[]))",
+            [sorted(builtin().names)],
+        )
+        functions: dict[str, list[tuple[Any, ...]]] = {}
+        for name, *row in rows:
+            functions.setdefault(name, []).append(tuple(row))
+        return functions
 
     @property
     def all(self) -> list[Any]:
@@ -116,38 +135,38 @@ class Sources:
 
     def _add(self, tree: Node, macro: str = "") -> None:
         self.macros.setdefault(macro, []).append(tree) if macro else self.trees.append(tree)
-        names = {function_of(node) for node in nodes(tree)} - builtin().names - self._seen - {""}
-        strange = {name for name in names if not self._is_model(name)}
+        names = {function_of(node) for node in nodes(tree)} - self._seen - {""}
+        names = {name for name in names if not self._is_model(name)}
         tables = lowered(node["table_name"] for node in of(tree, "BASE_TABLE"))
-        views = tables & self._views.keys() - self._seen if tables else set()
-        self._seen |= strange | views
+        views = tables & self._views.keys() - self._seen_views if tables else set()
+        self._seen |= names
+        self._seen_views |= views
         for view in views:
-            self._add_view(view)
-        if strange:
-            self._add_functions(sorted(strange))
+            for sql in self._views[view]:
+                self._add_view(view, sql)
+        strange = names - builtin().names
+        for name in sorted(names & self._functions.keys()) if strange else ():
+            for function in self._functions[name]:
+                self._add_function(name, function)
 
-    def _add_view(self, name: str) -> None:
-        sql = self._views[name]
+    def _add_view(self, name: str, sql: str) -> None:
         if "_scan() AS __duckdb_source" in sql:  # a registered Python object
             return
         self.expanded.add(name)
         words = list(significant(sql, ours=False))
         head = list(itertools.takewhile(lambda it: sql[it.start : it.end] != "AS", words))
-        self.parameters |= lowered(sql[it.start : it.end].strip('"') for it in head)
+        self.columns |= lowered(sql[it.start : it.end].strip('"') for it in head)
         self._add_text(sql[words[len(head)].end :].rstrip(" ;"))
 
-    def _add_functions(self, names: list[str]) -> None:
-        rows = self._run(
-            "SELECT lower(function_name), function_type, macro_definition, parameters, stability "
-            f"FROM duckdb_functions() WHERE lower(function_name) IN ({', '.join('?' * len(names))})",
-            names,
-        )
-        for name, kind, definition, parameters, stability in rows:
-            if stability == "VOLATILE":
-                self.volatile.add(name)
-            if definition:
-                self.parameters |= lowered(parameters)
-                self._add_text(f"SELECT ({definition})" if kind == "macro" else definition, name)
+    def _add_function(self, name: str, row: tuple[Any, ...]) -> None:
+        kind, definition, parameters, stability = row
+        if stability == "VOLATILE":
+            self.volatile.add(name)
+        if definition:
+            self.parameters |= lowered(parameters)
+            self._add_text(f"SELECT ({definition})" if kind == "macro" else definition, name)
+        elif not _OURS.search(name):
+            self.python.add(name)
 
     def _add_text(self, query: str, macro: str = "") -> None:
         tree = parsed(self._run, query)
@@ -161,82 +180,7 @@ def repeatable(sources: Sources) -> bool:
     """Whether a second run sees the same arguments, as far as functions go."""
     columns = lowered(it["column_names"][0] for it in of(sources.all, "COLUMN_REF") if len(it["column_names"]) == 1)
     names = {function_of(node) for node in nodes(sources.all)}
-    changing = (columns | names) & _CLOCKS or names & (builtin().volatile | sources.volatile)
+    changing = (columns | names) & _CLOCKS or names & (builtin().volatile | sources.volatile | sources.python)
     sampled = any(node.get("sample") for node in nodes(sources.all))
     # A recursion may go on for as long as no answer ends it.
     return sources.complete and not changing and not sampled and not has(sources.all, "RECURSIVE_CTE_NODE")
-
-
-def rereadable(run: Run, sources: Sources) -> bool:
-    """Whether all tables can be read twice: no pipe, no stream, nothing that is asked over the web."""
-    return (
-        not has(sources.all, "SHOW_REF")
-        and all(_function_rereadable(it["function"], sources) for it in of(sources.all, "TABLE_FUNCTION"))
-        and all(_table_rereadable(run, path) for path in _tables(sources))
-    )
-
-
-def consumes(run: Run, sources: Sources) -> bool:
-    """Whether reading leaves nothing to be read again: a pipe or a stream, but not what is asked over the web."""
-    paths = {text for function in of(sources.all, "TABLE_FUNCTION") for text in _texts(function)}
-    tables = {path for path in _tables(sources) if path[-1].lower() not in OWN_TABLES}
-    pipes = {path for path in paths | {path[-1] for path in tables} if _flows(path)}
-    return any(not path.startswith(_WEB) for path in pipes) or any(
-        _is_stream(_table_plan(run, path)) for path in tables if path[-1] not in pipes
-    )
-
-
-def _tables(sources: Sources) -> set[tuple[str, ...]]:
-    """Tables, files and variables that are read, by the parts of their names."""
-    ctes = {it["key"] for node in nodes(sources.all) for it in (node.get("cte_map") or {}).get("map", ())}
-    known = lowered(ctes) | sources.expanded
-    return {
-        tuple(table["qualified_name"]["path"])
-        for table in of(sources.all, "BASE_TABLE")
-        if str(table["table_name"]).lower() not in known
-    }
-
-
-def _texts(tree: Node) -> list[str]:
-    """The constant texts in an expression."""
-    values = (it["literal"].get("text") for it in of(tree, "VALUE_CONSTANT") if "literal" in it)
-    return [value for value in values if isinstance(value, str)]
-
-
-def _function_rereadable(function: Node, sources: Sources) -> bool:
-    name = function_of(function)
-    if not name.startswith(_READERS):
-        return name in _TABLE_FUNCTIONS or name in sources.macros or name.startswith("duckdb_")
-    computed = has(function["arguments"], "VALUE_PARAMETER", "SUBQUERY") or any(
-        function_of(node) not in ("", "list_value", "struct_pack") for node in nodes(function["arguments"])
-    )
-    return not computed and not any(map(_flows, _texts(function)))
-
-
-def _table_rereadable(run: Run, path: tuple[str, ...]) -> bool:
-    """A table, a file, or a Python variable; what has more nodes is a relation in a variable, whatever it does."""
-    if _flows(path[-1]):
-        return False
-    nodes = _table_plan(run, path)
-    return len(nodes) == 1 and not _is_stream(nodes)
-
-
-def _table_plan(run: Run, path: tuple[str, ...]) -> list[Node]:
-    return explained(run, "FROM " + ".".join(map(quote, path)))
-
-
-def _is_stream(nodes: list[Node]) -> bool:
-    """Whether a table's plan reads a stream of Arrow data, which has no known length; a table of it has."""
-    return nodes[0]["name"] == "PYTHON_ARROW_SCAN" and int(nodes[0]["extra_info"]["Estimated Cardinality"]) <= 1
-
-
-def _flows(path: str) -> bool:
-    """Whether what is read at a path is gone afterwards, or may be another the next time."""
-    path = path.removeprefix("file://")
-    if path.startswith((*_WEB, "/dev/", "/proc/")):
-        return True
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

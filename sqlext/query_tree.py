@@ -19,6 +19,7 @@ Node: TypeAlias = dict[str, Any]
 Run: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 """Runs SQL and gives all rows."""
 
+
 def words(text: str) -> frozenset[str]:
     """The words of a text, for tables of names."""
     return frozenset(text.split())

@@ -11,9 +11,21 @@ import json
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
+from sqlext.answer_flow import holds_answer
 from sqlext.query_sources import Sources, builtin
-from sqlext.query_tree import CONDITIONAL, CONDITIONAL_FUNCTIONS, LIMITS, Node, function_of, has, lowered, nodes, of
-from sqlext.query_tree import Run, words
+from sqlext.query_tree import (
+    CONDITIONAL,
+    CONDITIONAL_FUNCTIONS,
+    LIMITS,
+    Node,
+    Run,
+    function_of,
+    has,
+    lowered,
+    nodes,
+    of,
+    words,
+)
 
 _Calls: TypeAlias = frozenset[tuple[int, str]]
 """Calls, by the SELECT they stand in and what they say."""
@@ -48,20 +60,22 @@ class _Order:
     """
 
     def __init__(self, sources: Sources) -> None:
+        self._sources = sources
         self._is_call = sources.is_call
         self._trees = sources.all
         self._sites: dict[int, tuple[int, str]] = {}
         self._find_calls(sources.all, 0)
         self._calls = self._inside(sources.trees)
         self._unsteady = set(builtin().aggregates - _STEADY | _MACROS)
-        while more := {name for name, trees in sources.macros.items() if any(map(self._arises, nodes(trees)))}:
-            if more <= self._unsteady:
-                break
+        while more := self._unsteady_of(sources.macros) - self._unsteady:
             self._unsteady |= more
         self._names: dict[str, _Calls] = {}
-        self._vague: set[str] = set()  # names whose values are not told apart: one may be any of the query's
+        self._vague: set[str] = set()  # names of which only the query as a whole tells what they may hold
+        self._rows: set[str] = set()  # a table's name alone stands for its row
+        self._any = any(self._arises(node) or _picks(node) for node in nodes(self._trees))
         self._all = False  # any name may hold an unsteady value
-        self._name_values(sources)
+        if self._any:
+            self._name_values(sources)
 
     @property
     def takes_first(self) -> bool:
@@ -90,11 +104,11 @@ class _Order:
                 yield _NONE  # of rows that fit as well, the first
             if kind == "JOIN":
                 yield from (self._names[name] for name in lowered(node["using_columns"]) if name in self._names)
-                if node["ref_type"] == "NATURAL" and self._names:
+                if node["ref_type"] == "NATURAL" and self._any:
                     yield _NONE
-            if kind in CONDITIONAL or function_of(node) in CONDITIONAL_FUNCTIONS or kind == "CONJUNCTION_AND":
-                if self._inside(node):
-                    yield from self._values(node)
+            chooses = kind in CONDITIONAL | {"CONJUNCTION_AND"} or function_of(node) in CONDITIONAL_FUNCTIONS
+            if chooses and self._inside(node):
+                yield from self._values(node)
         for node in self._limited():
             yield from self._limit_guards(node)
 
@@ -105,20 +119,30 @@ class _Order:
         yield from self._values([it for it in query["modifiers"] if it["type"] in LIMITS])
         if has(orders, "STAR"):
             yield from self._values(items)
-        if not orders:  # groups come as threads finish them
-            for node in of(self._trees, "SELECT_NODE"):
-                keys = _group_keys(node)
-                if keys or has(node["modifiers"], "DISTINCT_MODIFIER"):
-                    yield self._inside(keys or node["select_list"])
-            if any(node["setop_type"] != "UNION" or not node["setop_all"] for node in self._set_operations()):
-                yield _NONE
+        gathered = [self._below(node) for node in of(self._trees, "SELECT_NODE") if _gathers(node)]
+        if not orders:
+            yield from gathered  # groups come as threads finish them
+        elif not holds_answer(self._sources, orders):  # of rows that are equal in order, the first
+            yield _NONE.union(*gathered)
+
+    def _below(self, select: Node) -> _Calls:
+        """The calls that are made before a SELECT's rows are put together."""
+        aggregates = (node for node in nodes(select["select_list"]) if function_of(node) in builtin().aggregates)
+        distinct = has(select["modifiers"], "DISTINCT_MODIFIER")
+        parts = [select["from_table"], select["where_clause"], _group_keys(select), *aggregates]
+        parts += select["select_list"] if distinct else []
+        tables = lowered(table["table_name"] for table in of(parts, "BASE_TABLE"))
+        ctes = [it for node in nodes(self._trees) for it in (node.get("cte_map") or {}).get("map", ())]
+        return self._inside(parts) | self._inside([it["value"] for it in ctes if it["key"].lower() in tables])
 
     def _limited(self) -> Iterator[Node]:
         """Queries with a LIMIT; an aggregate's own ORDER BY is none."""
-        return (node for node in nodes(self._trees) if any(it["type"] in LIMITS for it in node.get("modifiers") or ()))
+        return (
+            node for node in nodes(self._trees) if any(it["type"] in LIMITS for it in node.get("modifiers") or ())
+        )
 
-    def _set_operations(self) -> Iterator[Node]:
-        return of(self._trees, "SET_OPERATION_NODE")
+    def _unsteady_of(self, macros: dict[str, list[Node]]) -> set[str]:
+        return {name for name, trees in macros.items() if any(map(self._arises, nodes(trees)))}
 
     def _find_calls(self, tree: Any, select: int) -> None:
         if isinstance(tree, dict):
@@ -132,20 +156,18 @@ class _Order:
         return frozenset(self._sites[id(node)] for node in nodes(tree) if id(node) in self._sites)
 
     def _name_values(self, sources: Sources) -> None:
-        if not any(map(self._arises, nodes(self._trees))) and not any(map(_picks, nodes(self._trees))):
-            return
         self._vague |= sources.columns
         for node in nodes(self._trees):
             self._vague |= lowered((node.get("column_name_alias") or []) + (node.get("aliases") or []))
             if node.get("type") in ("SUBQUERY", "BASE_TABLE"):
-                self._vague |= lowered((node.get("alias"), node.get("table_name")))  # a row of it
+                self._rows |= lowered((node.get("alias"), node.get("table_name")))
             if node.get("type") == "LAMBDA":
                 self._vague |= lowered(it["column_names"][-1] for it in of(node["lhs"], "COLUMN_REF"))
         while self._name_items():
             pass
         unnamed = [*of(self._trees, "TABLE_FUNCTION", "EXPRESSION_LIST")]
-        # A set operation's columns have the names of its first query only.
-        self._all = bool(self._values(unnamed)) or any(True for _ in self._set_operations())
+        # A set operation's columns have the names of its first query only, an UNPIVOT's those that it says.
+        self._all |= bool(self._values(unnamed)) or has(self._trees, "SET_OPERATION_NODE", "PIVOT")
 
     def _name_items(self) -> bool:
         """Look once more at what select items hold; whether anything new came of it."""
@@ -153,11 +175,19 @@ class _Order:
         for select in of(self._trees, "SELECT_NODE"):
             for item in select["select_list"]:
                 values = [*self._values(item), *([_NONE] if _picks(select) else [])]
-                if values and item["type"] == "STAR" and _picks(select):
-                    self._all = True
+                self._all |= bool(values) and (self._spreads(item) or (_picks(select) and has(item, "STAR")))
                 for name in lowered([item.get("alias") or (item.get("column_names") or [""])[-1]]) if values else ():
                     self._names[name] = self._names.get(name, values[0]).intersection(*values)
         return known != self._names
+
+    def _spreads(self, item: Node) -> bool:
+        """Whether an item gives columns whose names the tree does not show."""
+        for star in of(item, "STAR"):
+            if star["columns"] or star["replace_list"] or star["rename_list"] or star["expr"]:
+                return True
+            if star["relation_name"].lower() in self._names:  # a struct's fields
+                return True
+        return any(function_of(node) == "unnest" for node in nodes(item))
 
     def _values(self, tree: Any) -> list[_Calls]:
         """The unsteady values that an expression may hold: the calls made before each of them."""
@@ -168,11 +198,12 @@ class _Order:
             return self._inside(node)
         if node.get("class") == "COLUMN_REF":
             names = lowered(node["column_names"])
-            vague = self._vague & (names if len(names) == 1 else {str(node["column_names"][-1]).lower()})
-            if vague or self._all or (self._vague and any("(" in it for it in names)):
+            row = len(names) == 1 and names & self._rows
+            if self._all or row or names & self._vague or (self._any and any("(" in it for it in names)):
                 return _NONE
-            return next((self._names[name] for name in names if name in self._names), None)
-        return _NONE if self._names and node.get("class") in ("POSITIONAL_REFERENCE", "STAR") else None
+            found = [self._names[name] for name in names if name in self._names]
+            return found[0].intersection(*found) if found else None
+        return _NONE if self._any and node.get("class") in ("POSITIONAL_REFERENCE", "STAR") else None
 
     def _arises(self, node: Node) -> bool:
         """Whether a node's value differs with the order of the rows."""
@@ -192,6 +223,13 @@ def _picks(node: Node) -> bool:
     return chosen and not any(it["type"] == "ORDER_MODIFIER" for it in modifiers)
 
 
+def _gathers(select: Node) -> bool:
+    """Whether a SELECT reads all of its rows before it gives the first."""
+    called = {function_of(node) for node in nodes(select["select_list"])}
+    distinct = has(select["modifiers"], "DISTINCT_MODIFIER")
+    return distinct or bool(_group_keys(select)) or bool(called & builtin().aggregates)
+
+
 def _group_keys(select: Node) -> list[Any]:
     items = select["select_list"]
     if select["aggregate_handling"] == "FORCE_AGGREGATES":
@@ -200,6 +238,14 @@ def _group_keys(select: Node) -> list[Any]:
 
 
 def _meant(key: Any, items: list[Any]) -> Any:
-    """The select item that a number stands for in GROUP BY and ORDER BY."""
+    """The select item that a number or an alias stands for in GROUP BY and ORDER BY."""
     text = key.get("literal", {}).get("text", "") if key["type"] == "VALUE_CONSTANT" else ""
-    return items[int(text) - 1] if str(text).isdigit() and 0 < int(text) <= len(items) else key
+    if str(text).isdigit() and 0 < int(text) <= len(items):
+        return items[int(text) - 1]
+    names = lowered(key["column_names"]) if key["type"] == "COLUMN_REF" else set()
+    for item in items:
+        # In chat(a) AS a, the alias is that of a column, which comes first.
+        inner = {name for it in of(item, "COLUMN_REF") for name in lowered(it["column_names"])}
+        if names == lowered([item.get("alias")]) and not names & inner:
+            return [key, item]
+    return key

@@ -84,7 +84,9 @@ class Gateway:
         with self._asked(statement):
             defaults = self.pool.spec.defaults
             questions = [
-                Question(group.options.over(defaults), group.prompts, group.cache or statement.cache, group.strict)
+                Question(
+                    group.options.over(defaults).plain, group.prompts, group.cache or statement.cache, group.strict
+                )
                 for group in groups
             ]
             if statement.mode is Mode.AHEAD:

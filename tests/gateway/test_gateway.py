@@ -65,6 +65,7 @@ def test_options_keep_questions_apart():
     gateway.ask(CallOptions(), ["a"], Statement(1))
     gateway.ask(CallOptions(max_tokens=5), ["a"], Statement(1))  # what the default says already
     gateway.ask(CallOptions(max_tokens=6), ["a"], Statement(1))
+    gateway.ask(CallOptions(max_tokens=6, temperature=0.0), ["a"], Statement(1))  # greedy is what is meant anyway
     assert pool.prompts == ["a", "a"]
     gateway.close()
 

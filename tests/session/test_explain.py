@@ -214,7 +214,10 @@ def test_tokens_of_a_real_model_are_exact(
         "DROP TABLE t",
         "COPY t TO 'nowhere.csv'",
         "SELECT say(x), nextval('numbers') FROM t",
+        "SELECT say(x), setval('numbers', 7) FROM t",
+        "SELECT say(x), counted(x) FROM t",
         "SELECT say(x) FROM stream",
+        "WITH stream AS (FROM stream) SELECT say(x) FROM stream",
         "SELECT say(content) FROM read_text('/dev/stdin')",
         "WITH RECURSIVE r AS (SELECT 'a' AS a UNION ALL SELECT say(a) FROM r WHERE a <> '') SELECT * FROM r",
     ],
@@ -224,6 +227,7 @@ def test_what_cannot_be_run_for_its_count_is_refused(echo: sqlext.Connection, st
     batches = iter([pa.record_batch({"x": ["once"]})])
     echo.register("stream", pa.RecordBatchReader.from_batches(pa.schema({"x": pa.string()}), batches))
     echo.execute("CREATE SEQUENCE numbers")
+    echo.create_function("counted", lambda text: f"{text}!", ["VARCHAR"], "VARCHAR", side_effects=True)
     with pytest.raises(UserError) as raised:
         explained(echo, statement)
     assert (raised.value.code, raised.value.place is not None) == ("explain_statement", True)

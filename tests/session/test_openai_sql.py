@@ -142,6 +142,12 @@ def test_what_cannot_work_is_said_when_it_is_deployed(con, remote, service, opti
     assert len(cluster.deployments()) == before
 
 
+def test_a_model_that_thinks_before_it_writes_can_be_deployed(con, remote, service):
+    """The first row's one token is spent on thinking; that is an answer enough to see that the model is there."""
+    service("script", faults=[{"choice": {"message": {"content": None}, "finish_reason": "length"}}])
+    assert con.execute(f"SELECT {remote()}('a')").fetchone() == ("A",)
+
+
 def test_the_fingerprint_is_of_what_answers():
     """Another key or pace asks the same model; another address, model or task does not."""
 
