@@ -86,5 +86,5 @@ def test_relations_are_under_the_session_s_budget_too(asked):
 def test_a_one_shot_reader_is_read_once(asked):
     """The run ahead does not use up a stream."""
     con, _ = asked
-    reader = pa.table({"s": ["a", "b"]}).to_reader()
+    reader = pa.table({"s": ["a", "b"]}).to_reader()  # noqa: F841 - found by its name
     assert sorted(con.execute("SELECT chat(s) FROM reader").fetchall()) == [("A",), ("B",)]
