@@ -37,10 +37,10 @@ class Ahead:
         return sum(ticket.open_calls for ticket in self.tickets)
 
     def skips(self) -> bool:
-        """Whether to pass over this chunk: everything lately was known, and looking is what takes the time."""
+        """Whether to pass over this chunk: nothing lately was new, and looking is what takes the time."""
         self.chunks += 1
         return self.known_chunks >= KNOWN_CHUNKS and self.chunks % KNOWN_CHUNKS != 0
 
-    def looked(self, unknown: bool) -> None:
-        """A chunk was looked at; `unknown`: it had calls without an outcome."""
-        self.known_chunks = 0 if unknown else self.known_chunks + 1
+    def looked(self, new: bool) -> None:
+        """A chunk was looked at; `new`: there was something to ask or to wait for."""
+        self.known_chunks = 0 if new else self.known_chunks + 1

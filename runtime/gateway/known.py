@@ -61,9 +61,8 @@ class Known:
             for lane in lanes:
                 if lane.open:
                     unknown = [prompt for prompt in unknown if prompt not in lane.open]
-        if unknown and self.stores(question, "read"):
-            self._look_into_store(question, unknown)
-        question.unknown = unknown
+        stored = self._stored(question, unknown) if unknown and self.stores(question, "read") else {}
+        question.unknown = [prompt for prompt in unknown if prompt not in stored] if stored else unknown
 
     def lanes(self, question: Question, statement: Statement) -> list[Lane]:
         """Where the statement may find outcomes and open calls; it adds its own to the first. Under the lock."""
@@ -139,14 +138,15 @@ class Known:
                 memory.forget()
             self._keys.clear()
 
-    def _look_into_store(self, question: Question, prompts: Sequence[Prompt]) -> None:
+    def _stored(self, question: Question, prompts: Sequence[Prompt]) -> dict[Prompt, PlainOutcome]:
+        """What the store knows of these prompts; it is filled in and remembered."""
         if self._store is None:
-            return
+            return {}
         key_of = self.key_of(question.options)
         question.keys = {prompt: key_of(prompt) for prompt in prompts}
         stored = self._store.find(list(question.keys.values()))
         if not stored:
-            return
+            return {}
         decode = decoder(self._pool.info.task)
         known: dict[Prompt, PlainOutcome] = {
             prompt: (decode(found[0]) if decode else found[0], None, *found[1:], STORED)
@@ -156,6 +156,7 @@ class Known:
         with self._lock:
             self._memory.lane(question.options).remember(list(known), list(known.values()))
         question.fill(known)
+        return known
 
     def _private_lane(self, statement: Statement, options: CallOptions) -> Lane:
         memory = self._private.get(statement.id)

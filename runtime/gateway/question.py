@@ -32,7 +32,7 @@ class Question:
     cache: CacheMode
     strict: bool = False
     outcomes: list[PlainOutcome | None] = field(default_factory=list)
-    unknown: list[Prompt] = field(default_factory=list)  # distinct, not under way and not in memory when looked up
+    unknown: list[Prompt] = field(default_factory=list)  # distinct, neither known nor under way when looked up
     keys: dict[Prompt, bytes] = field(default_factory=dict)  # of the unknown ones
 
     def missing(self) -> list[Prompt]:
