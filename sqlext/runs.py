@@ -110,6 +110,7 @@ class Runs:
             ahead = plan() or (plan() if asked() else None)
             if ahead is None:
                 return
+            running.nested = ahead.calls > 1
             text = edited if ahead.query == query else self._models_last(ahead.query)
             before = -1
             while before < (found := asked()):

@@ -222,9 +222,12 @@ class Dispatcher:
 
     def _reserve(self, call: Call) -> bool:
         """Whether someone who waits for the call can pay for it now; who never can is stopped."""
-        while call.wanted and call.reserved is None:
-            call.statement = next(ticket.statement for ticket in call.tickets if ticket.waits)
-            budgets = call.statement.budgets
+        while call.reserved is None:
+            payer = next((ticket.statement for ticket in call.tickets if ticket.waits), None)
+            if payer is None:  # a statement may be cancelled at any moment
+                return False
+            call.statement = payer
+            budgets = payer.budgets
             try:
                 tokens = most_tokens(call.prompt, call.options, self._pool.info) if budgets.counts_tokens else 0
                 if not budgets.reserve(tokens):

@@ -188,8 +188,10 @@ class Gateway:
         self._await_room(ahead, statement)
         ticket = Ticket(statement)
         with self._lock:
-            first = statement.passes == 1  # later runs wait for what is under way, and must not pass over it
-            ahead.looked(any(question.unknown if first else None in question.outcomes for question in questions))
+            # Where another run follows, what is under way must be met again.
+            ahead.looked(
+                any(None in question.outcomes if statement.nested else question.unknown for question in questions)
+            )
             waited = [self._enter_ahead(question, statement, ahead, ticket) for question in questions]
         self._wait(ticket, waited)
         for question, calls in zip(questions, waited, strict=True):

@@ -131,6 +131,7 @@ class Statement:
     Attributes:
         mode: what its query is being run for; set by who runs it.
         passes: runs of the query in mode AHEAD that were begun.
+        nested: an answer may decide about other calls, so that no part of a run ahead may be passed over.
         query: its text, for `llm_errors`; shortened and without secrets.
     """
 
@@ -149,6 +150,7 @@ class Statement:
         self.query = query
         self.mode = Mode.REAL
         self.passes = 0
+        self.nested = False
         self.started = time.monotonic()
         self.usage: dict[str, Usage] = {}
         self.explained: dict[str, Explained] = {}
