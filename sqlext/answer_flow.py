@@ -15,6 +15,7 @@ from sqlext.query_tree import (
     LIMITS,
     Node,
     function_of,
+    given_names,
     has,
     lowered,
     nodes,
@@ -75,14 +76,8 @@ class _Flow:
         self.is_call = sources.is_call
         ctes = (it["key"] for node in nodes(self.trees) for it in (node.get("cte_map") or {}).get("map", ()))
         self._derived = lowered(ctes) | sources.expanded  # tables that are queries themselves
-        self._names = sources.parameters | sources.columns
-        self._rows: set[str] = set()  # a table's name alone stands for its row
-        for node in nodes(self.trees):
-            self._names |= lowered((node.get("column_name_alias") or []) + (node.get("aliases") or []))
-            if node.get("type") in ("SUBQUERY", "BASE_TABLE"):
-                self._rows |= lowered((node.get("alias"), node.get("table_name")))
-            if node.get("type") == "LAMBDA":
-                self._names |= lowered(it["column_names"][-1] for it in of(node["lhs"], "COLUMN_REF"))
+        names, self._rows = given_names(self.trees)  # a table's name alone stands for its row
+        self._names = sources.parameters | sources.columns | names
         items = [item for node in of(self.trees, "SELECT_NODE") for item in node["select_list"]]
         named = [(lowered([it.get("alias") or (it.get("column_names") or [""])[-1]]), it) for it in items]
         while more := {name for names, item in named if self.carries(item) for name in names} - self._names:

@@ -21,10 +21,9 @@ from typing import Any
 import duckdb
 
 from sqlext.clauses import CLAUSES, Clause, Reader, outer_where
-from sqlext.query_tree import Node, Run, all_parsed, parsed, query_span
+from sqlext.query_tree import Node, Run, all_parsed, called_names, parsed, query_span, runner
 
 _CLAUSE = re.compile(r"\b(?:WHERE|HAVING|QUALIFY)\b", re.IGNORECASE)
-_CALLED = re.compile(r'([^\W\d][\w$]*)"?\s*\(')
 
 
 def models_last(raw: duckdb.DuckDBPyConnection, text: str, functions: Callable[[str], bool]) -> str:
@@ -38,11 +37,8 @@ def models_last(raw: duckdb.DuckDBPyConnection, text: str, functions: Callable[[
     Args:
         functions: whether a name (in lower case, as SQL calls it) is that of a model function or of its macro.
     """
-    if not _CLAUSE.search(text) or not any(map(functions, {it.lower() for it in _CALLED.findall(text)})):
+    if not _CLAUSE.search(text) or not any(map(functions, called_names(text))):
         return text
-
-    def run(sql: str, values: Any = None) -> list[tuple[Any, ...]]:
-        return raw.execute(sql, values).fetchall()
 
     try:
         part = _part(raw, text)
@@ -51,7 +47,7 @@ def models_last(raw: duckdb.DuckDBPyConnection, text: str, functions: Callable[[
         start, end, select = part
         query = select + text[start:end]
         edited = _edited(query, functions)
-        if edited == query or not _same(run, query, edited):
+        if edited == query or not _same(runner(raw), query, edited):
             return text
         return text[:start] + edited.removeprefix(select) + text[end:]
     except duckdb.Error:
@@ -151,7 +147,7 @@ def _framed(frame: Any, node: Any) -> Node | None:
 def _tree(condition: str) -> Node:
     """DuckDB's tree of a condition."""
     with duckdb.connect() as con:
-        tree = parsed(lambda sql, values: con.execute(sql, values).fetchall(), f"SELECT 1 WHERE {condition}")
+        tree = parsed(runner(con), f"SELECT 1 WHERE {condition}")
     assert tree is not None
     return dict(tree["where_clause"])
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import duckdb
 
 from runtime.errors import UserError
 from sqlext.answer_flow import decides_calls, ends_early
-from sqlext.interrupt import call_from
 from sqlext.probe import query_of
 from sqlext.query_sources import Sources
-from sqlext.query_tree import function_of, has, nodes, parsed, words
+from sqlext.query_tree import function_of, has, nodes, parsed, runner, words
 from sqlext.rereading import consumes
 
 _CHANGING = words("nextval setval setseed write_log")
@@ -51,10 +49,7 @@ def query_in(
         duckdb.Error: it does not parse.
     """
 
-    def run(sql: str, values: Any = None) -> list[tuple[Any, ...]]:
-        rows: list[tuple[Any, ...]] = call_from(frame, raw.execute, sql, values).fetchall()
-        return rows
-
+    run = runner(raw, frame)
     query = query_of(raw, text)
     if query is None:
         raise _refused("it is no query, nor a CREATE TABLE … AS, INSERT or COPY of one")

@@ -8,7 +8,6 @@ out costs time, a wrong one costs calls.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -17,14 +16,12 @@ from typing import Any
 import duckdb
 
 from sqlext.answer_flow import harmless
-from sqlext.interrupt import call_from
 from sqlext.lexemes import significant
 from sqlext.query_sources import Sources, builtin, repeatable
-from sqlext.query_tree import Run, explained, parsed, query_span, words
+from sqlext.query_tree import Run, called_names, explained, parsed, query_span, runner, words
 from sqlext.rereading import rereadable
 from sqlext.row_order import settled
 
-_CALLED = re.compile(r'([^\W\d][\w$]*)"?\s*\(')  # also in strings: this only decides whether to look closer
 # What may stand before a parenthesis and calls nothing. A word that is missing here costs time, nothing else.
 _NO_FUNCTIONS = words(
     "all and any as between by case cast decimal else end except exclude exists filter from having in insert "
@@ -63,10 +60,7 @@ def plan(
         frame: where DuckDB looks for variables that hold data frames.
     """
 
-    def run(sql: str, values: Any = None) -> list[tuple[Any, ...]]:
-        rows: list[tuple[Any, ...]] = call_from(frame, raw.execute, sql, values).fetchall()
-        return rows
-
+    run = runner(raw, frame)
     try:
         query = query_of(raw, text) if _may_call(run, text, functions) else None
         tree = parsed(run, query) if query else None
@@ -92,7 +86,7 @@ def plan(
 def _may_call(run: Run, text: str, functions: Callable[[str], bool]) -> bool:
     """Whether a look at the words leaves it open that a model is called; most statements are plain SQL."""
     text = text.lower()
-    called = set(_CALLED.findall(text))
+    called = called_names(text)
     if any(map(functions, called)) or not called - _NO_FUNCTIONS <= builtin().names:
         return True
     # Without their definitions, which DuckDB writes anew for each view.

@@ -7,11 +7,14 @@ evaluated) goes by DuckDB's parser, never by one of ours: what DuckDB cannot sho
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any, TypeAlias
 
 import duckdb
 
+from sqlext.interrupt import call_from
 from sqlext.lexemes import Kind, significant
 
 Node: TypeAlias = dict[str, Any]
@@ -32,6 +35,23 @@ CONDITIONAL_FUNCTIONS = words("if iff ifnull nvl nullif")
 LIMITS = ("LIMIT_MODIFIER", "LIMIT_PERCENT_MODIFIER")
 """Types of a query's modifiers that end it early."""
 _QUERY_STARTS = ("SELECT", "FROM", "WITH", "VALUES", "TABLE")
+_CALLED = re.compile(r'([^\W\d][\w$]*)"?\s*\(')
+
+
+def runner(raw: duckdb.DuckDBPyConnection, frame: FrameType | None = None) -> Run:
+    """What runs small queries on a cursor; `frame`: where DuckDB looks for variables that hold data frames."""
+
+    def run(sql: str, values: Any = None) -> list[tuple[Any, ...]]:
+        rows: list[tuple[Any, ...]] = call_from(frame, raw.execute, sql, values).fetchall()
+        return rows
+
+    return run
+
+
+def called_names(text: str) -> set[str]:
+    """What a text may call, in lower case: all names before a parenthesis, also in strings. It tells whether to look
+    closer."""
+    return {name.lower() for name in _CALLED.findall(text)}
 
 
 def query_span(raw: duckdb.DuckDBPyConnection, text: str) -> tuple[int, int] | None:
@@ -128,6 +148,19 @@ def has(tree: Any, *types: str) -> bool:
 def lowered(names: Iterable[Any]) -> set[str]:
     """Names without what is empty, in lower case, as DuckDB compares them."""
     return {str(name).lower() for name in names if name}
+
+
+def given_names(trees: Any) -> tuple[set[str], set[str]]:
+    """Names that queries give to columns outside of select items, and names of tables, which alone stand for rows."""
+    columns: set[str] = set()
+    rows: set[str] = set()
+    for node in nodes(trees):
+        columns |= lowered((node.get("column_name_alias") or []) + (node.get("aliases") or []))
+        if node.get("type") in ("SUBQUERY", "BASE_TABLE"):
+            rows |= lowered((node.get("alias"), node.get("table_name")))
+        if node.get("type") == "LAMBDA":
+            columns |= lowered(it["column_names"][-1] for it in of(node["lhs"], "COLUMN_REF"))
+    return columns, rows
 
 
 def function_of(node: Node) -> str:

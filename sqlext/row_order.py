@@ -20,6 +20,7 @@ from sqlext.query_tree import (
     Node,
     Run,
     function_of,
+    given_names,
     has,
     lowered,
     nodes,
@@ -156,13 +157,8 @@ class _Order:
         return frozenset(self._sites[id(node)] for node in nodes(tree) if id(node) in self._sites)
 
     def _name_values(self, sources: Sources) -> None:
-        self._vague |= sources.columns
-        for node in nodes(self._trees):
-            self._vague |= lowered((node.get("column_name_alias") or []) + (node.get("aliases") or []))
-            if node.get("type") in ("SUBQUERY", "BASE_TABLE"):
-                self._rows |= lowered((node.get("alias"), node.get("table_name")))
-            if node.get("type") == "LAMBDA":
-                self._vague |= lowered(it["column_names"][-1] for it in of(node["lhs"], "COLUMN_REF"))
+        names, self._rows = given_names(self._trees)
+        self._vague = sources.columns | names
         while self._name_items():
             pass
         unnamed = [*of(self._trees, "TABLE_FUNCTION", "EXPRESSION_LIST")]

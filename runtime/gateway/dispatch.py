@@ -85,7 +85,6 @@ class Dispatcher:
         self._lock = lock
         self._work = threading.Condition(lock)  # there may be something to send
         self._settle = settle
-        self._policy = policy
         self._pace = Pace(policy, time.monotonic)
         self._queue = CallQueue(info.max_batch_rows, info.max_batch_chars, pool.workers, balance == "prefix")
         self._slots = Slots(pool.workers, pool.pool.worker_concurrency, balance)
@@ -330,7 +329,7 @@ class Dispatcher:
 
     def _fail_for_now(self, call: Call, error: ErrorInfo, retry_after_s: float) -> None:
         """An attempt failed in a way that may pass: try the call again later, or give it up. Under the lock."""
-        policy = self._policy
+        policy = self._pace.policy
         now = time.monotonic()
         too_long = retry_after_s > policy.longest_retry_after_s
         stops = ""
