@@ -91,6 +91,11 @@ class Sources:
         return views
 
     @functools.cached_property
+    def _view_names(self) -> set[str]:
+        """The names alone: DuckDB writes every definition anew, its own views' too, when it is asked for one."""
+        return {name for (name,) in self._run("SELECT lower(view_name) FROM duckdb_views() WHERE NOT internal")}
+
+    @functools.cached_property
     def _functions(self) -> dict[str, list[tuple[Any, ...]]]:
         """All functions that are not DuckDB's own, by name. To list them takes longer than all else together, so that
         they are only looked at for a name that DuckDB does not have."""
@@ -138,7 +143,7 @@ class Sources:
         names = {function_of(node) for node in nodes(tree)} - self._seen - {""}
         names = {name for name in names if not self._is_model(name)}
         tables = lowered(node["table_name"] for node in of(tree, "BASE_TABLE"))
-        views = tables & self._views.keys() - self._seen_views if tables else set()
+        views = tables & self._view_names - self._seen_views if tables else set()
         self._seen |= names
         self._seen_views |= views
         for view in views:

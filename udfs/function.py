@@ -23,6 +23,7 @@ from runtime.gateway import (
     Outcome,
     PlainOutcome,
     Statement,
+    error_of,
     row_failure,
 )
 from runtime.spec import Prompt
@@ -78,8 +79,8 @@ class ModelFunction:
         gateway, outcomes = self._ask(chunk, statement)
         if statement.mode is Mode.REAL:
             for index, outcome in enumerate(outcomes):
-                if outcome and outcome[1]:
-                    _treat_failure(gateway, chunk, index, outcome[1], statement)
+                if outcome and (error := error_of(outcome)):
+                    _treat_failure(gateway, chunk, index, error, statement)
         return output_column(gateway.info, chunk.shown(outcomes))
 
     def _row(self, statement: Statement, columns: _Columns) -> pa.Array:
@@ -168,7 +169,7 @@ class _Chunk:
             try:
                 prompt, said = self.question(index, gateway.info.chat_template)
             except RowError as error:
-                outcomes[index] = Outcome(None, error.info)
+                outcomes[index] = Outcome(None, error=error.info)
                 if statement.mode is Mode.REAL:
                     statement.add(gateway.name, rows=1, refused=1, errors=1)
                 continue

@@ -23,19 +23,19 @@ class Outcome(NamedTuple):
     """What became of a call: an output or an error, never both. `statement` is the id of the one that paid for it."""
 
     output: Any
-    error: ErrorInfo | None = None
     finish_reason: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     latency_ms: float = 0.0
+    error: ErrorInfo | None = None
     statement: int = 0
 
 
-PlainOutcome: TypeAlias = tuple[Any, ErrorInfo | None, str, int, int, float, int]
+PlainOutcome: TypeAlias = tuple[Any, str, int, int, float, ErrorInfo | None, int]
 """The fields of an `Outcome` as a plain tuple."""
 
 output_of = itemgetter(0)
-error_of = itemgetter(1)
+error_of = itemgetter(5)
 
 Asked: TypeAlias = list[PlainOutcome | None]
 """One outcome for each prompt, in their order; None where the answer is not known (never in the real run)."""

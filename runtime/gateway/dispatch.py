@@ -304,7 +304,7 @@ class Dispatcher:
             shown = None if error else output
             calls.append(call)
             outcomes.append(
-                (shown, error, finish_reason, prompt_tokens, completion_tokens, latency_ms, call.statement.id)
+                (shown, finish_reason, prompt_tokens, completion_tokens, latency_ms, error, call.statement.id)
             )
         if not calls:
             return
@@ -321,7 +321,7 @@ class Dispatcher:
             failure = _fault(error)
         for call, outcome in zip(calls, outcomes, strict=True):  # not before: who waits for a budget may end now
             if call.reserved is not None:
-                call.statement.budgets.settle(call.reserved, outcome[3] + outcome[4])
+                call.statement.budgets.settle(call.reserved, outcome[2] + outcome[3])
                 call.reserved = None
         if failure:
             with self._lock:
@@ -376,7 +376,7 @@ class Dispatcher:
         if self._given_up_in_a_row >= MAX_GIVEN_UP_IN_A_ROW:
             self._stop(call, error, f"on {self._given_up_in_a_row} rows in a row")
             return
-        self._finish([call], [(None, error, "", 0, 0, 0.0, call.statement.id)])
+        self._finish([call], [(None, "", 0, 0, 0.0, error, call.statement.id)])
 
     def _stop(self, call: Call, error: ErrorInfo, how: str) -> None:
         self._given_up_in_a_row = 0  # the next statement has its own patience

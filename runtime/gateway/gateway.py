@@ -177,25 +177,37 @@ class Gateway:
         """Note new calls for the workers; wait for those that were noted in an earlier run."""
         with self._lock:
             ahead = self._ahead.setdefault(statement.id, Ahead())
-            skips = ahead.skips()
-        for question in questions:
-            if skips or not question.options.deterministic:
-                question.outcomes = [None] * len(question.prompts)
-            else:
-                self._known.look_up(question, statement)
+            skips, begins = ahead.skips(), ahead.chunks == 1
         if skips:
+            for question in questions:
+                question.outcomes = [None] * len(question.prompts)
             return
         self._await_room(ahead, statement)
+        if begins:  # idle workers get their first batch while the rest is looked up
+            new = False
+            for question in questions:
+                parts = question.parts(self.info.max_batch_rows)
+                for part in parts:
+                    new |= self._note_ahead([part], statement, ahead)
+                question.outcomes = [outcome for part in parts for outcome in part.outcomes]
+        else:
+            new = self._note_ahead(questions, statement, ahead)
+        with self._lock:
+            ahead.looked(new)
+
+    def _note_ahead(self, questions: Sequence[Question], statement: Statement, ahead: Ahead) -> bool:
+        """As `_ask_ahead`; whether there was anything to ask or to wait for."""
+        for question in questions:
+            self._known.look_up(question, statement)
         ticket = Ticket(statement)
         with self._lock:
             # Where another run follows, what is under way must be met again.
-            ahead.looked(
-                any(None in question.outcomes if statement.nested else question.unknown for question in questions)
-            )
+            new = any(None in question.outcomes if statement.nested else question.unknown for question in questions)
             waited = [self._enter_ahead(question, statement, ahead, ticket) for question in questions]
         self._wait(ticket, waited)
         for question, calls in zip(questions, waited, strict=True):
             question.fill({call.prompt: call.outcome for call in calls if call.outcome})
+        return new
 
     def _await_room(self, ahead: Ahead, statement: Statement) -> None:
         """Back-pressure: a query that is far ahead of the workers waits for them."""
@@ -310,7 +322,7 @@ class Gateway:
             self._known.remember(calls, outcomes)
             self._account(calls, outcomes)
             for call, outcome in zip(calls, outcomes, strict=True):
-                if error := outcome[1]:
+                if error := error_of(outcome):
                     self._end_strict(call, row_failure(self.name, error))
                 call.settle(outcome)
             self._changed.notify_all()
@@ -328,12 +340,12 @@ class Gateway:
             used.setdefault(id(call.statement), (call.statement, []))[1].append(outcome)
         said = calls[0].options.max_tokens is not None  # calls that are settled together share their options
         for statement, made in used.values():
-            cut = sum(1 for outcome in made if outcome[2] == "length")
+            cut = sum(1 for outcome in made if outcome[1] == "length")
             statement.add(
                 self.name,
                 calls=len(made),
-                prompt_tokens=sum(map(itemgetter(3), made)),
-                completion_tokens=sum(map(itemgetter(4), made)),
+                prompt_tokens=sum(map(itemgetter(2), made)),
+                completion_tokens=sum(map(itemgetter(3), made)),
                 cut=cut,
                 cut_unasked=0 if said else cut,
             )

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from runtime.gateway.answer_codec import decoder, encode
-from runtime.gateway.call import Call, PlainOutcome
+from runtime.gateway.call import Call, PlainOutcome, error_of
 from runtime.gateway.dispatch import WorkerPool
 from runtime.gateway.keys import CallKeys
 from runtime.gateway.memory import Lane, OutcomeMemory
@@ -20,7 +20,7 @@ from runtime.gateway.statement import Statement
 from runtime.gateway.store import ResultStore
 from runtime.spec import CallOptions, Prompt
 
-STORED = -1  # stands for the statement that paid, where another session did
+_STORED = (None, -1)  # no error; and -1 stands for the statement that paid, where another session did
 MAX_KEYS = 1024  # sets of options whose keys are prepared; more only where options vary by row
 
 
@@ -95,9 +95,9 @@ class Known:
         self.notice_other_model()
         task = self._pool.info.task
         rows = [
-            (call.key, encode(outcome[0], task), *outcome[2:6])
+            (call.key, encode(outcome[0], task), *outcome[1:5])
             for call, outcome in zip(calls, outcomes, strict=True)
-            if call.key and outcome[1] is None
+            if call.key and error_of(outcome) is None
         ]
         if rows and self._store:
             self._store.put(self._pool.name, self._pool.spec.fingerprint, rows)
@@ -108,7 +108,7 @@ class Known:
         for call, outcome in zip(calls, outcomes, strict=True):
             if call.home is None:
                 continue
-            for lane in (call.home,) if outcome[1] is None else self._waiting_lanes(call):
+            for lane in (call.home,) if error_of(outcome) is None else self._waiting_lanes(call):
                 _, prompts, known = lanes.setdefault(id(lane), (lane, [], []))
                 prompts.append(call.prompt)
                 known.append(outcome)
@@ -149,7 +149,7 @@ class Known:
             return {}
         decode = decoder(self._pool.info.task)
         known: dict[Prompt, PlainOutcome] = {
-            prompt: (decode(found[0]) if decode else found[0], None, *found[1:], STORED)
+            prompt: (decode(found[0]), *found[1:], *_STORED) if decode else found + _STORED
             for prompt, found in zip(prompts, map(stored.get, question.keys.values()), strict=True)
             if found is not None
         }

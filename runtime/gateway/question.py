@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from runtime.gateway.call import PlainOutcome
 from runtime.gateway.statement import CacheMode
@@ -34,6 +34,13 @@ class Question:
     outcomes: list[PlainOutcome | None] = field(default_factory=list)
     unknown: list[Prompt] = field(default_factory=list)  # distinct, neither known nor under way when looked up
     keys: dict[Prompt, bytes] = field(default_factory=dict)  # of the unknown ones
+
+    def parts(self, rows: int) -> list[Question]:
+        """The same question of at most so many prompts at a time, in their order."""
+        return [
+            replace(self, prompts=self.prompts[start : start + rows], outcomes=[], unknown=[], keys={})
+            for start in range(0, len(self.prompts), rows)
+        ]
 
     def missing(self) -> list[Prompt]:
         """The distinct prompts without an outcome, in their order."""

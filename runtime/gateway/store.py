@@ -16,7 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from runtime.gateway.store_blocks import KEY_BYTES, Row, Stored, heads_of, pack, reasons_of, split_keys, unpack
+from runtime.gateway.store_blocks import (
+    KEY_BYTES,
+    Row,
+    Stored,
+    heads_of,
+    pack,
+    reasons_of,
+    split_keys,
+    unpack,
+    unpack_all,
+)
 from runtime.gateway.store_file import StoreFile, default_path
 from runtime.gateway.store_places import Places
 
@@ -134,8 +144,8 @@ class ResultStore:
                 break
             for after, model, fingerprint, created, rows, keys, reasons, data in blocks:  # noqa: B007
                 kinds = reasons_of(reasons)
-                for position, key in enumerate(split_keys(keys)):
-                    batch.append((key, model, fingerprint, *unpack(rows, kinds, data, position), created))
+                for key, stored in zip(split_keys(keys), unpack_all(rows, kinds, data), strict=True):
+                    batch.append((key, model, fingerprint, *stored, created))
                 while len(batch) >= batch_rows:
                     yield batch[:batch_rows]
                     del batch[:batch_rows]
@@ -211,10 +221,14 @@ class ResultStore:
             if created < expired:
                 continue
             kinds = reasons_of(reasons)
-            for position in range(rows) if len(blocks[block]) > 1 else blocks[block]:
-                key = keys[position * KEY_BYTES : (position + 1) * KEY_BYTES]
-                if key in wanted:
-                    found[key] = unpack(rows, kinds, data, position)
+            if len(blocks[block]) > 1:
+                both = zip(split_keys(keys), unpack_all(rows, kinds, data), strict=True)
+                found.update([it for it in both if it[0] in wanted])
+                continue
+            [position] = blocks[block]
+            key = keys[position * KEY_BYTES : (position + 1) * KEY_BYTES]
+            if key in wanted:
+                found[key] = unpack(rows, kinds, data, position)
 
     def _add(self, model: str, fingerprint: str, rows: Sequence[Row]) -> None:
         self._db.execute("INSERT OR IGNORE INTO models (model, fingerprint) VALUES (?, ?)", (model, fingerprint))

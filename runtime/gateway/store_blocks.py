@@ -101,6 +101,20 @@ def reasons_of(reasons: str) -> tuple[str, ...]:
     return tuple(json.loads(reasons))
 
 
+def unpack_all(rows: int, reasons: tuple[str, ...], data: bytes) -> Iterator[Stored]:
+    """All results of a block of `rows`, in their order."""
+    outputs = data[rows * _HEADER_BYTES :]
+    text = outputs.decode() if outputs.isascii() else ""  # then a slice of it is an answer; most blocks are so
+    for latency_ms, prompt_tokens, completion_tokens, start, end, reason, is_text in _HEADER.iter_unpack(
+        data[: rows * _HEADER_BYTES]
+    ):
+        if is_text:
+            shown: str | bytes = text[start:end] if text else str(outputs[start:end], "utf-8", "surrogatepass")
+        else:
+            shown = outputs[start:end]
+        yield shown, reasons[reason], prompt_tokens, completion_tokens, latency_ms
+
+
 def unpack(rows: int, reasons: tuple[str, ...], data: bytes, position: int) -> Stored:
     """The result at `position` of a block of `rows` results."""
     latency_ms, prompt_tokens, completion_tokens, start, end, reason, is_text = _unpack(

@@ -233,7 +233,7 @@ def test_a_row_that_fails_ahead_has_its_error_in_the_real_run():
     sent = len(pool.prompts)
     statement.mode = Mode.REAL
     asked = gateway.ask(GREEDY, ["good", "bad"], statement)
-    assert [outcome and outcome[1] and outcome[1].code for outcome in asked] == [None, "bad_row"]
+    assert [outcome and outcome[5] and outcome[5].code for outcome in asked] == [None, "bad_row"]
     assert len(pool.prompts) == sent
     gateway.close()
 

@@ -236,11 +236,11 @@ def simulate(seed: int, store: ResultStore, threads: ThreadPoolExecutor) -> Coun
         pool.injected["small budget"] += isinstance(statement.failure, Fatal)
     assert asked is not None
     assert len(asked) == ROWS
-    ends = [(outcome[0], outcome[1] and outcome[1].code) for outcome in asked if outcome]
+    ends = [(outcome[0], outcome[5] and outcome[5].code) for outcome in asked if outcome]
     assert ends == [fate.end(prompt) for prompt in fate.prompts]
-    assert all((outcome[0] is None) != (outcome[1] is None) for outcome in asked if outcome)
+    assert all((outcome[0] is None) != (outcome[5] is None) for outcome in asked if outcome)
     assert all(
-        outcome[1].attempts == POLICY.attempts for outcome in asked if outcome[1] and outcome[1].code == "timeout"
+        outcome[5].attempts == POLICY.attempts for outcome in asked if outcome[5] and outcome[5].code == "timeout"
     )
     assert statement.usage["sim"].rows == ROWS
     assert statement.usage["sim"].errors == sum(1 for prompt in fate.prompts if fate.end(prompt)[1])
