@@ -15,7 +15,7 @@ help:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,train,deepspeed,gguf,s3,dev]"
 	@touch $@
 
 $(SMALL_MODEL)/model.safetensors: $(VENV)/.installed examples/sql/make_small_model.py

@@ -100,14 +100,24 @@ def _setup(statement: Setup, connection: Connection) -> None:
 
 
 def _run(statement: Run, connection: Connection) -> pa.Table:
-    session = connection.session
     if statement.algorithm != "LLM":
         raise _not_available(statement.algorithm)
     action = next((str(o.value) for o in statement.options if o.key.lower() == "action"), options.DEFAULT_ACTION)
     known = options.action(action, statement)
     said = options.resolve(statement.options, known.name)  # a misspelt option is the likelier mistake
-    if not known.available:
+    carry = _ACTIONS.get(known.name)
+    if carry is None:
         raise _not_available(f'The action "{known.name}"')
+    options.require_available(statement.options, known.name)
+    for notice in said.notices:
+        connection.session.notify(notice)
+    table = carry(statement, said, connection)
+    if statement.result:
+        sources.keep(connection.raw, statement.result, table)
+    return table
+
+
+def _infer(statement: Run, said: options.Resolved, connection: Connection) -> pa.Table:
     if statement.input_table.lower() != "command":
         raise UserError(
             f"infer takes no table, and {statement.input_table} would not be read.",
@@ -117,12 +127,15 @@ def _run(statement: Run, connection: Connection) -> pa.Table:
 
     def progress(event: cluster.DeployProgress) -> None:
         connection.check_stopped()
-        session.on_deploy(event)
+        connection.session.on_deploy(event)
 
-    table = infer(statement, said, session, progress)
-    if statement.result:
-        sources.keep(connection.raw, statement.result, table)
-    return table
+    return infer(statement, said, connection.session, progress)
+
+
+_ACTIONS: dict[str, Callable[[Run, options.Resolved, Connection], pa.Table]] = {
+    "infer": _infer,
+}
+"""What each action of ``RUN … AS LLM.`` does with its statement and its checked options."""
 
 
 def _llm(statement: Llm, connection: Connection) -> pa.Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -99,6 +100,9 @@ class Connection:
         self._interruptible = Interruptible(self.interrupt)
         self._runs = Runs(raw, session, self._guarded, self.check_stopped)
         tables.register(raw, session)
+        if owns_raw and not hasattr(sys, "ps1"):
+            # DuckDB would draw its own bar on stdout, which is data wherever nobody sits at a prompt.
+            raw.execute("SET enable_progress_bar_print = false")
         _open.add(self)
 
     # -- running -------------------------------------------------------------------------------------------

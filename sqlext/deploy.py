@@ -47,9 +47,6 @@ def infer(
         DeployError: the model did not come up; nothing was registered and no process is left.
     """
     kind = pretrained_model_type(str(said.values.get("pretrainedModelType") or AUTO))
-    options.require_available(run.options, "infer")
-    for notice in said.notices:
-        session.notify(notice)
     name = _function_name(str(said.values.get("udfName") or "").lower(), session)
     reconnect = said.values.get("reconnect")
     started = time.monotonic()

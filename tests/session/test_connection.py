@@ -261,3 +261,9 @@ def test_interrupt_from_another_thread(db):
     with pytest.raises((duckdb.InterruptException, sqlext.Cancelled)):
         db.execute("SELECT count(*) FROM range(100000000000) a, range(1000) b").fetchall()
     assert db.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_duckdb_draws_no_progress_bar_into_the_output_of_a_program(con):
+    """Its bar goes to stdout, where a pipeline reads rows."""
+    for each in (con, con.cursor()):
+        assert each.execute("SELECT current_setting('enable_progress_bar_print')").fetchall() == [(False,)]

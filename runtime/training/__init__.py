@@ -1,0 +1,1 @@
+"""Training: from rows to a trained model, in a job that has a folder and outlives its statement."""
