@@ -10,8 +10,13 @@ import pyarrow as pa
 
 from runtime import cluster, engines
 from runtime.errors import UserError, did_you_mean
-from sqlext import cache, explain, models, options, retry, sources, tables
+from sqlext import cache, explain, jobs, models, options, repartition, retry, sources, tables
+from sqlext.convert import convert, merge
 from sqlext.deploy import infer
+from sqlext.imports import import_checkpoints, imports
+from sqlext.inspect import inspect
+from sqlext.option_table import REPARTITION
+from sqlext.render_prompts import render
 from sqlext.statements import ExplainLlm, Llm, Load, Run, Save, Setup, SetVariable, Sql, Statement
 
 if TYPE_CHECKING:
@@ -66,8 +71,8 @@ def _set_variable(statement: SetVariable, connection: Connection) -> None:
         set_dialect(connection, statement.value)
     elif statement.kind == "sql":
         with connection.own_sql() as execute:
-            row = execute(statement.value).fetchone()
-        session.variables[statement.name] = "" if row is None or row[0] is None else str(row[0])
+            rows = execute(statement.value).fetchall()  # all: a result half read keeps the connection busy
+        session.variables[statement.name] = str(rows[0][0]) if rows and rows[0][0] is not None else ""
     elif statement.kind == "text" or statement.name not in session.variables:
         session.variables[statement.name] = statement.value
 
@@ -100,8 +105,8 @@ def _setup(statement: Setup, connection: Connection) -> None:
 
 
 def _run(statement: Run, connection: Connection) -> pa.Table:
-    if statement.algorithm != "LLM":
-        raise _not_available(statement.algorithm)
+    if statement.algorithm == REPARTITION:
+        return repartition.repartition(statement, connection)
     action = next((str(o.value) for o in statement.options if o.key.lower() == "action"), options.DEFAULT_ACTION)
     known = options.action(action, statement)
     said = options.resolve(statement.options, known.name)  # a misspelt option is the likelier mistake
@@ -132,8 +137,20 @@ def _infer(statement: Run, said: options.Resolved, connection: Connection) -> pa
     return infer(statement, said, connection.session, progress)
 
 
+def _finetune(statement: Run, said: options.Resolved, connection: Connection) -> pa.Table:
+    from sqlext.finetune import finetune  # with it come templates and jobs, which most sessions do not need
+
+    return finetune(statement, said, connection)
+
+
 _ACTIONS: dict[str, Callable[[Run, options.Resolved, Connection], pa.Table]] = {
     "infer": _infer,
+    "finetune": _finetune,
+    "convert": convert,
+    "merge": merge,
+    "inspect": inspect,
+    "render": render,
+    "import": import_checkpoints,
 }
 """What each action of ``RUN … AS LLM.`` does with its statement and its checked options."""
 
@@ -159,11 +176,18 @@ _VERBS: dict[str, Callable[..., pa.Table]] = {
     "status": models.status,
     "model exists": models.exists,
     "model remove": models.remove,
+    "jobs": jobs.jobs,
+    "job": jobs.job,
+    "logs": jobs.logs,
+    "wait": jobs.wait,
+    "cancel": jobs.cancel,
+    "resume": jobs.resume,
     "usage": _usage,
     "retry": retry.ask_again,
     "cache": cache.cache,
     "cache clear": cache.clear,
     "cache prune": cache.prune,
+    "imports": imports,
     "help": _help,
 }
 

@@ -111,7 +111,7 @@ def _run(
     dialect: str | None,
     as_json: bool,
 ) -> None:
-    from sqlext import actions, connect, render
+    from sqlext import actions, connect, jobs, render
     from sqlext.progress import Progress
 
     said = dict(_variable(text) for text in variables)
@@ -125,6 +125,7 @@ def _run(
                         table = connection.fetch_arrow_table()
                         progress.pause()
                         render.show(connection.raw, table, as_json)
+            jobs.finish(connection)
         except (KeyboardInterrupt, Cancelled):
             progress.pause()
             print("cancelled", file=sys.stderr)  # at once: ending the workers takes a moment

@@ -20,13 +20,14 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from runtime.errors import Cancelled
+from runtime.errors import Cancelled, SqlextError
 from runtime.gateway import Statement as RunningStatement
-from sqlext import actions, countable, notices, script, sources, statements, tables
+from sqlext import actions, countable, jobs, notices, script, sources, statements, tables
 from sqlext.dialects import from_spark
 from sqlext.interrupt import Interruptible, callers_frame
 from sqlext.named_results import NamedResults
 from sqlext.parser import parse
+from sqlext.repartition import Partitioning
 from sqlext.runs import Runs
 from sqlext.session import Session
 from udfs.context import VARIABLE
@@ -76,6 +77,7 @@ class Connection:
         session: what all cursors of the database share.
         running: the statement whose result is being made or read.
         has_rows: the last statement answered with rows; a bare count of changed rows does not count.
+        partitionings: what TableRepartition said of tables, by their lower-case names.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Connection:
         self._result: Any = raw
         self._own_results = raw.cursor()
         self._named_results = NamedResults()
+        self.partitionings: dict[str, Partitioning] = {}
         self._interruptible = Interruptible(self.interrupt)
         self._runs = Runs(raw, session, self._guarded, self.check_stopped)
         tables.register(raw, session)
@@ -190,10 +193,40 @@ class Connection:
         self._functions_seen = 0
         return self
 
-    def close(self) -> None:
-        """Close this cursor; the connection that `connect` or `attach` made also ends the session."""
+    def close(self, *, stop_jobs: bool = False) -> None:
+        """Close this cursor; the connection that `connect` or `attach` made also ends the session.
+
+        It waits for training jobs that would end with this process, because Ray was started here.
+
+        Args:
+            stop_jobs: cancel them instead.
+        """
         if self not in _open:
             return
+        try:
+            if self._owns_session and self.session.own_jobs:
+                self._end_jobs(stop_jobs)
+        finally:
+            self._close()
+
+    def wait_at_exit(self) -> None:
+        """At the end of Python, close before what was registered until now: before Ray is left."""
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
+
+    def _end_jobs(self, stop: bool) -> None:
+        from sqlext.progress import JobBar  # rich is not needed before
+
+        self._finish()
+        self._stopped.clear()
+        try:
+            with JobBar() as bar:
+                self.session.on_job = bar.show
+                jobs.stop(self) if stop else jobs.finish(self)
+        except SqlextError as error:
+            self.session.notify(f"A training job has failed: {error}")
+
+    def _close(self) -> None:
         _open.discard(self)
         self._finish()
         self._interruptible.close()
@@ -207,8 +240,11 @@ class Connection:
     def __enter__(self) -> Connection:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt | Cancelled)
+        if kind and not stopped and self.session.own_jobs:
+            self.session.notify("An error has ended the script; its training goes on until it is over or Ctrl-C.")
+        self.close(stop_jobs=stopped)
 
     # -- results -------------------------------------------------------------------------------------------
 
@@ -263,7 +299,7 @@ class Connection:
         try:
             self._named_results.run(
                 lambda: self._run_query(query, parameters, frame),
-                lambda missing, sql: sources.put_table(self._execute_guarded, missing, sql),
+                self._make_named,
             )
             if name:
                 sources.put_staged(self._execute_guarded, name)
@@ -304,7 +340,10 @@ class Connection:
             self._finish()
 
     def _execute_guarded(self, text: str) -> Any:
-        return self._run_query(text)
+        return self._named_results.run(lambda: self._run_query(text), self._make_named)
+
+    def _make_named(self, name: str, query: str) -> None:
+        sources.put_table(self._execute_guarded, name, query)
 
     def _run_query(self, query: str, parameters: Any = None, frame: FrameType | None = None) -> Any:
         assert self.running is not None

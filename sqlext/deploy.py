@@ -17,11 +17,14 @@ from typing import Any
 import pyarrow as pa
 
 from runtime import cluster, engines, secrets
+from runtime.checkpoints.adapter import model_and_adapter
 from runtime.checkpoints.fingerprint import checkpoint_fingerprint
 from runtime.checkpoints.inspect import inspect
 from runtime.checkpoints.model_types import AUTO, ModelType, pretrained_model_type
 from runtime.errors import UserError
 from runtime.gateway import Gateway, RetryPolicy
+from runtime.prompts.style import find_style
+from runtime.prompts.template import read_template
 from runtime.spec import CallOptions, ModelSpec, PoolSpec, Task
 from sqlext import options
 from sqlext.session import Session
@@ -31,6 +34,7 @@ from udfs.signatures import sql_type
 
 LOCAL_CONCURRENCY = 1
 REMOTE_CONCURRENCY = 32  # batches of one worker, so that requests stay in flight where one batch ends
+_CHAT = ("prompt_format", "chat_template")
 _ENGINES = {Task.GENERATE: "transformers", Task.EMBED: "embeddings", Task.CLASSIFY: "classification"}
 
 
@@ -88,6 +92,7 @@ def model_spec(name: str, task: Task | None, values: Mapping[str, Any], run: Run
     if wanted != "transformers":
         engines.require(wanted)
         return ModelSpec(name, wanted, path, task, extra, defaults, _fingerprint(wanted, path, task or "", extra))
+    path, adapter = model_and_adapter(str(path or ""), str(values.get("adapter") or ""))
     if not path:
         raise UserError(
             "The statement names no checkpoint.",
@@ -95,9 +100,22 @@ def model_spec(name: str, task: Task | None, values: Mapping[str, Any], run: Run
             hint='Add AND localModelDir="/path/to/model", or write the path between the backquotes: LLM.`/path`.',
         )
     checkpoint = inspect(path, task)
+    if adapter and checkpoint.task is not Task.GENERATE:
+        raise UserError(
+            f'"{checkpoint.path}" is made to {checkpoint.task}; an adapter is put on models that generate.',
+            code="adapter_task",
+            hint='Merge the two, action="merge", and deploy the result.',
+        )
+    if checkpoint.task is not Task.GENERATE:
+        _refuse(values, _CHAT, f"It belongs to models that generate; this one is made to {checkpoint.task}.")
     engine, store = _ENGINES[checkpoint.task], session.store
     content = checkpoint_fingerprint(Path(checkpoint.path), store) if store else ""
-    fingerprint = _fingerprint(engine, content, checkpoint.task, extra) if content else ""
+    extra = tuple(option for option in extra if option[0] != "adapter")
+    deciding: list[Any] = [engine, content, checkpoint.task, extra]
+    if adapter:
+        deciding.append(checkpoint_fingerprint(Path(adapter), store) if store else "")
+        extra = tuple(sorted((*extra, ("adapter", adapter))))
+    fingerprint = _fingerprint(*deciding) if content else ""
     return ModelSpec(name, engine, checkpoint.path, checkpoint.task, extra, defaults, fingerprint)
 
 
@@ -111,7 +129,7 @@ def remote_spec(name: str, engine: str, values: Mapping[str, Any], path: str, *,
     Raises:
         UserError: a checkpoint is named, or an option belongs to checkpoints.
     """
-    local = ("backend.", "quantization", "localModelDir")
+    local = ("backend.", "quantization", "adapter", "localModelDir", *_CHAT)
     _refuse(values, local, "It belongs to checkpoints; a remote model takes saas.* and generation.* options.")
     if path:
         raise UserError(
@@ -181,8 +199,10 @@ def _function_name(name: str, session: Session) -> str:
 
 def _engine_options(values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     said = {key.removeprefix("backend."): value for key, value in values.items() if key.startswith("backend.")}
-    if "quantization" in values:
-        said["quantization"] = values["quantization"]
+    said |= {name: values[name] for name in ("quantization", "adapter", *_CHAT) if name in values}
+    if "chat_template" in said:
+        said["chat_template"] = read_template(str(said["chat_template"]))
+    find_style("", *(str(said.get(name, "")) for name in _CHAT))  # a wrong one fails here, not on a worker
     return tuple(sorted(said.items()))
 
 

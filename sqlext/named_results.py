@@ -10,11 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import duckdb
 
 from sqlext.parser import trailing_name
 from sqlext.sources import stage
+
+T = TypeVar("T")
 
 
 class NamedResults:
@@ -41,15 +44,14 @@ class NamedResults:
         self._remembered.pop(name.lower(), None)
         return stage(query), name
 
-    def run(self, work: Callable[[], object], make: Callable[[str, str], object]) -> None:
+    def run(self, work: Callable[[], T], make: Callable[[str, str], object]) -> T:
         """Do `work`; a table it misses that was remembered is made by `make(name, query)`, and the work done again.
 
         DuckDB finds a missing table before it does anything, so nothing is done twice.
         """
         while True:
             try:
-                work()
-                return
+                return work()
             except duckdb.CatalogException as error:
                 name = _missing_table(str(error))
                 query = self._remembered.pop(name, None)

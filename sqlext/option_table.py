@@ -65,13 +65,13 @@ class Action:
 
 ACTIONS = (
     Action("infer", "Deploy a model on Ray workers and register it as SQL functions.", available=True),
-    Action("finetune", "Train: sft/… LoRA, QLoRA or full SFT; sfft/… full-parameter training or pretraining."),
-    Action("convert", "Convert a checkpoint: ZeRO or FSDP to Hugging Face, safetensors or bin, dtype, GGUF."),
-    Action("merge", "Merge a LoRA adapter and its base into one model."),
+    Action("finetune", "Train: sft/… LoRA, QLoRA or full SFT; sfft/… full-parameter training or pretraining.", available=True),
+    Action("convert", "Convert a checkpoint: ZeRO or FSDP to Hugging Face, safetensors or bin, dtype, GGUF.", available=True),
+    Action("merge", "Merge a LoRA adapter and its base into one model.", available=True),
     Action("benchmark", "Load test of a deployed function or an HTTP endpoint."),
-    Action("inspect", "What a checkpoint is, which engines can run it here, and the memory each needs."),
-    Action("render", "What a table of messages becomes under a chat template or prompt_format."),
-    Action("import", "Copy a checkpoint into the model store: checked, retried, resumable, several at once."),
+    Action("inspect", "What a checkpoint is, which engines can run it here, and the memory each needs.", available=True),
+    Action("render", "What a table of messages becomes under a chat template or prompt_format.", available=True),
+    Action("import", "Copy a checkpoint into the model store: checked, retried, resumable, several at once.", available=True),
     Action("bundle", "Several deployed models behind one function name, with routing."),
     Action("serve", "An OpenAI-compatible endpoint over deployed models."),
 )
@@ -89,6 +89,7 @@ _S = (SETUP,)
 _INFER = ("infer",)
 _TRAIN = ("finetune",)
 _BENCH = ("benchmark",)
+_MAKE = ("convert", "merge")
 _EVERY_ACTION = tuple(action.name for action in ACTIONS)
 
 SETTINGS = (
@@ -130,12 +131,12 @@ _TEMPLATE = 'Chat format as JSON: {"system": "…{instruction}…", "user": …,
 
 INFER = (
     OptionSpec("udfName", "text", "Name of the SQL function; required.", (*_INFER, "benchmark", "bundle")),
-    OptionSpec("localModelDir", "text", "Folder of the checkpoint; the path in backquotes means the same.", (*_INFER, *_TRAIN, "inspect", "render", "import")),
+    OptionSpec("localModelDir", "text", "Folder of the checkpoint; the path in backquotes means the same.", (*_INFER, *_TRAIN, "inspect", "render", "import"), aliases=("model_id",)),
     OptionSpec("pretrainedModelType", "text", "Kind of model, such as custom/auto, custom/bge, sft/llama2, saas/openai.", (*_INFER, *_TRAIN, "convert", "merge")),
     OptionSpec("reconnect", "bool", "Register the functions of a running deployment again, without loading.", _INFER, False),
-    OptionSpec("adapter", "text", "Folder of a LoRA adapter to put on the model.", _INFER, planned=True),
-    OptionSpec("quantization", "text", "Bits of quantized weights; true means 4.", _INFER, aliases=("quatization",), choices=("4", "8", "true", "false")),
-    OptionSpec("prompt_format", "json", _TEMPLATE, (*_INFER, "render"), planned=True),
+    OptionSpec("adapter", "text", "Folder of a LoRA adapter to put on the model.", _INFER),
+    OptionSpec("quantization", "text", "Bits of quantized weights; true means 4.", (*_INFER, *_TRAIN), aliases=("quatization",), choices=("4", "8", "true", "false")),
+    OptionSpec("prompt_format", "json", _TEMPLATE, (*_INFER, *_TRAIN, "render")),
     OptionSpec("backend.*", "auto", "Option of the engine, such as backend.max_model_len or backend.dtype.", _INFER),
     OptionSpec("generation.*", "auto", "Default of the function's named options, such as generation.temperature.", _INFER, aliases=("gen.*",)),
     OptionSpec("saas.api_key", "text", "Key of the provider, by reference: env:NAME or file:PATH.", _INFER, secret=True),
@@ -154,13 +155,14 @@ INFER = (
 FINETUNE = (
     OptionSpec("inputTable", "text", "Table of the rows to work on.", (*_TRAIN, "benchmark", "render")),
     OptionSpec("validTable", "text", "Table of the rows to evaluate on.", _TRAIN),
-    OptionSpec("outputTable", "text", "Table that tells of the trained model.", _TRAIN),
-    OptionSpec("initial_base_model_ckpt_path", "text", "Weights to start from, instead of the model's own.", _TRAIN),
-    OptionSpec("initial_adapter_model_ckpt_path", "text", "LoRA weights to start from.", _TRAIN),
-    OptionSpec("localPathPrefix", "text", "Folder under which the job has its own.", (*_TRAIN, "infer")),
+    OptionSpec("outputTable", "text", "Table that tells of the trained model; made by who waits for the job.", _TRAIN),
+    OptionSpec("initial_base_model_ckpt_path", "text", "Weights to start from, instead of the model's own: a folder, or an address such as s3://….", _TRAIN),
+    OptionSpec("initial_adapter_model_ckpt_path", "text", "LoRA weights to start from: a folder, or an address.", _TRAIN),
+    OptionSpec("localPathPrefix", "text", "Folder under which the job has its own; not set: $SQLEXT_JOBS, or ~/.local/share/sqlext/jobs.", (*_TRAIN, "infer")),
     OptionSpec("localDataDir", "text", "Folder of text files to pretrain on, instead of a table.", _TRAIN),
-    OptionSpec("detached", "bool", "Answer at once and train in the background.", _TRAIN, True),
-    OptionSpec("name", "text", "Name of the job.", _TRAIN),
+    OptionSpec("detached", "bool", "Answer when the job has begun; false: when it is over.", _TRAIN, True),
+    OptionSpec("name", "text", "Name of the job; not set: its way and the time.", _TRAIN),
+    OptionSpec("keepPartitionNum", "bool", "Each rank trains on one partition of the table, see TableRepartition; else rows are dealt out evenly.", _TRAIN, False),
     OptionSpec("config", "json", "Training parameters as one JSON object; sft.… and sfft.… win over it.", _TRAIN),
     OptionSpec("deepspeedConfig", "json", "DeepSpeed's configuration as JSON.", _TRAIN),
     *(
@@ -171,13 +173,26 @@ FINETUNE = (
 )  # fmt: skip
 
 CHECKPOINTS = (
-    OptionSpec("modelNameOrPath", "text", "Folder of the base model.", ("convert", "merge"), aliases=("model_dir",)),
-    OptionSpec("checkpointDir", "text", "Folder of the training checkpoints.", ("convert",)),
-    OptionSpec("tag", "text", "Which checkpoint of the folder, such as Epoch-1.", ("convert",)),
-    OptionSpec("to", "text", "What to make of it: a file format or a dtype.", ("convert",)),
-    OptionSpec("adapterNameOrPath", "text", "Folder of the LoRA adapter.", ("merge",), aliases=("checkpoint_dir",)),
-    OptionSpec("savePath", "text", "Folder for the result.", ("convert", "merge")),
+    OptionSpec("modelNameOrPath", "text", "Folder of the base model; convert: of the model, the path in backquotes means the same.", _MAKE, aliases=("model_dir",)),
+    OptionSpec("checkpointDir", "text", "Folder of the checkpoints of a training (DeepSpeed, FSDP); config.json and tokenizer come from modelNameOrPath.", ("convert",)),
+    OptionSpec("tag", "text", "Which checkpoint of the folder, such as Epoch-1; not set: its latest, or the folder itself.", ("convert",)),
+    OptionSpec("to", "text", "What to make of it: safetensors, bin, gguf; float32, float16, bfloat16; or a type of GGUF: f32, f16, q8_0, q5_1, q5_0, q4_1, q4_0.", ("convert",)),
+    OptionSpec("dtype", "text", "Number type of the result; not set: the model's own.", _MAKE),
+    OptionSpec("adapterNameOrPath", "text", "Folder of the LoRA adapter; the path in backquotes means the same.", ("merge",), aliases=("checkpoint_dir",)),
+    OptionSpec("savePath", "text", "Folder for the result; for GGUF also a file.gguf.", _MAKE),
+    OptionSpec("overwrite", "bool", "Replace the model that is at savePath.", _MAKE, False),
+    OptionSpec("allow_pickle", "bool", "Read pickled weights (.bin) too, as numbers alone; only of what you trust.", _MAKE, False),
+    OptionSpec("check", "bool", "Compare the logits of the result with those of the model it was made from.", _MAKE, False),
+    OptionSpec("hashes", "bool", "Read every file for its SHA-256.", ("inspect",), False),
+    OptionSpec("paths", "list", "Folders of several checkpoints.", ("render",)),
+    OptionSpec("chat_template", "text", "Jinja template that replaces the checkpoint's, or file:PATH.jinja.", (*_INFER, *_TRAIN, "render")),
+    OptionSpec("messages", "text", "A conversation as JSON: [{\"role\": …, \"content\": …}, …], instead of a table.", ("render",)),
+    OptionSpec("add_generation_prompt", "bool", "End each text with what asks for an answer.", ("render",), True),
     OptionSpec("config", "text", "YAML file that lists the checkpoints.", ("import",)),
+    OptionSpec("name", "text", "Name of the model in the store; not set: the last part of its path.", ("import",)),
+    OptionSpec("revision", "text", "Commit of a repository of the Hugging Face hub; the path is then owner/name.", ("import",)),
+    OptionSpec("store", "text", "Model store: a folder or a URL such as s3://bucket/models; not set: $SQLEXT_MODELS, or ~/.local/share/sqlext/models.", ("import",)),
+    OptionSpec("overwrite", "bool", "Replace another model of this name.", ("import",), False),
     OptionSpec("retries", "int", "How often a failed copy is tried again.", ("import",), 3, minimum=0),
     OptionSpec("max_parallel_jobs", "int", "Checkpoints copied at the same time.", ("import",), 4, minimum=1),
 )  # fmt: skip
@@ -208,16 +223,15 @@ SERVING = (
 
 TABLES = (
     OptionSpec("partitionNum", "int", "Number of partitions; required.", (REPARTITION,), minimum=1),
-    OptionSpec("partitionType", "text", "How rows are dealt out.", (REPARTITION,), "hash", choices=("hash", "range")),
-    OptionSpec("partitionCols", "list", "Columns that decide the partition.", (REPARTITION,)),
-    OptionSpec("shuffle", "bool", "Deal out evenly; false only joins partitions.", (REPARTITION,), True),
+    OptionSpec("partitionType", "text", "hash: the next row, or the next new value of partitionCols, goes to the next partition; range: parts of equal size one after the other, sorted by partitionCols.", (REPARTITION,), "hash", choices=("hash", "range")),
+    OptionSpec("partitionCols", "list", "Columns whose equal values stay together (hash), or that rows are sorted by (range).", (REPARTITION,)),
+    OptionSpec("shuffle", "bool", "false: rows stay in their order, as with range.", (REPARTITION,), True),
 )  # fmt: skip
 
 EVERYWHERE = (
     OptionSpec("action", "text", "What to do.", _EVERY_ACTION, DEFAULT_ACTION, choices=_EVERY_ACTION),
     OptionSpec("modelTable", "text", "Byzer's table of model bytes.", _EVERY_ACTION, choices=("command",), ignored="models are read from folders"),
     OptionSpec("model", "text", "Byzer's table of model bytes.", _EVERY_ACTION, choices=("command",), ignored="models are read from folders"),
-    OptionSpec("keepPartitionNum", "bool", "Byzer's number of input partitions.", _TRAIN, ignored="tables have no partitions to keep"),
     OptionSpec("debugMode", "bool", "Byzer's call log.", _EVERY_ACTION, ignored="!llm usage; tells the time of calls"),
 )  # fmt: skip
 

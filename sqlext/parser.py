@@ -43,14 +43,16 @@ LLM_VERBS: Mapping[str, tuple[int, int]] = {
     "model remove": (1, 1),
     "jobs": (0, 0),
     "job": (1, 1),
-    "logs": (1, 1),
+    "logs": (1, 2),
     "wait": (1, 1),
     "cancel": (1, 1),
+    "resume": (1, 1),
     "usage": (0, 0),
     "retry": (0, 1),
     "cache": (0, 0),
     "cache clear": (0, 1),
     "cache prune": (1, 1),
+    "imports": (0, 1),
     "help": (0, 1),
 }
 """The `!llm` forms beside setup, with the least and the most arguments of each."""
@@ -244,7 +246,7 @@ def _llm(reader: Reader, place: Place) -> Setup | Llm:
         what, example = _ARGUMENTS.get(verb, ("a name", "name"))
         reader.fail(f"Expected {what} after !llm {verb}", hint=f'Write !llm {verb} "{example}";')
     if len(args) > most:
-        takes = "one argument" if most else "no arguments"
+        takes = ("no arguments", "one argument", "two arguments")[most]
         hint = "Is a ; missing before this?"
         raise SqlSyntaxError(f"!llm {verb} takes {takes}.", hint=hint, place=args[most].place)
     return Llm(verb, tuple(reader.filled(word.text) for word in args), place)

@@ -10,7 +10,11 @@ import time
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.live import Live
 from rich.status import Status
+from rich.text import Text
+
+from sqlext.progress_lines import rows_line
 
 if TYPE_CHECKING:
     from runtime.cluster.deployments import DeployProgress
@@ -30,6 +34,7 @@ class Progress:
         self._status: Status | None = None
         self._deploying = ""
         self._plain_due = 0.0
+        self._jobs = JobBar(self._console)
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="sqlext-progress", daemon=True)
@@ -37,6 +42,7 @@ class Progress:
     def __enter__(self) -> Progress:
         session = self._connection.session
         session.on_deploy = self._deploy
+        session.on_job = self._jobs.show
         session.notify = self._notify
         self._thread.start()
         return self
@@ -50,6 +56,7 @@ class Progress:
         """Clear the line: something else is about to be printed."""
         with self._lock:
             self._deploying = ""
+            self._jobs.show("")
             if self._status:
                 self._status.stop()
                 self._status = None
@@ -94,25 +101,32 @@ class Progress:
                 self._console.print(f"… {text}", markup=False, highlight=False)
 
 
-def rows_line(answered: int, still_open: int, tokens: int, seconds: float) -> str:
-    """How far a statement is.
+class JobBar:
+    """How far a job is that is waited for. It draws only when it is told, so that it works at the end of Python too,
+    where no thread can be started."""
 
-    Args:
-        answered: calls that have their answers.
-        still_open: calls that are known to be wanted too; 0 when nothing is known of what is to come.
-        tokens: of prompts and answers so far.
-        seconds: since the statement began.
-    """
-    known = f" of {answered + still_open:,}" if still_open else ""
-    parts = [f"{answered:,}{known} answers", f"{answered / seconds:,.0f} rows/s", f"{tokens / seconds:,.0f} tokens/s"]
-    if still_open:
-        parts.append(f"{_duration(still_open * seconds / answered)} left")
-    return " · ".join(parts)
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._live: Live | None = None
+        self._plain_due = 0.0
 
+    def __enter__(self) -> JobBar:
+        return self
 
-def _duration(seconds: float) -> str:
-    """Short, for people: 9 s, 4 min, 2 h 05 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+    def __exit__(self, *_: object) -> None:
+        self.show("")
+
+    def show(self, text: str) -> None:
+        """Show `text` in place of what was shown; '' clears it."""
+        if not text:
+            if self._live:
+                self._live.stop()
+                self._live = None
+        elif self._console.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self._console, auto_refresh=False, transient=True)
+                self._live.start()
+            self._live.update(Text(text, overflow="ellipsis", no_wrap=True), refresh=True)
+        elif time.monotonic() >= self._plain_due:
+            self._plain_due = time.monotonic() + PLAIN_S
+            self._console.print(f"… {text}", markup=False, highlight=False)

@@ -20,7 +20,18 @@ STATEMENTS = (
     ('!llm setup "key=value" …;', "Change settings for the RUNs that follow. `!byzerllm` is the same command."),
     ("!llm models; !llm status [name];", "Deployed models and how they run."),
     ("!llm model exists name; !llm model remove name;", "One row with a boolean; undeploy."),
-    ("!llm jobs; !llm job id; !llm logs id; !llm wait id; !llm cancel id;", "Training and batch jobs."),
+    (
+        "!llm jobs; !llm job id;",
+        "Training jobs, and all that is known of one; `llm_jobs` and `llm_job_metrics` are tables.",
+    ),
+    (
+        "!llm logs id [lines]; !llm wait id;",
+        "The end of a job's log; wait until it is over. An id may be cut short, or the job's name.",
+    ),
+    (
+        "!llm cancel id; !llm resume id;",
+        "Stop a job after its present step; let one go on from its last whole checkpoint.",
+    ),
     ("!llm usage;", "Calls, tokens and seconds of each model and statement; the table `llm_calls` adds the query."),
     (
         "!llm retry [statement];",
@@ -31,6 +42,7 @@ STATEMENTS = (
         "!llm cache clear [name]; !llm cache prune age;",
         "Forget the stored answers of a model or of all; those older than 30m, 12h, 30d or 4w.",
     ),
+    ("!llm imports [store];", "Models of the model store, and imports that have not ended well."),
     ("!llm help [word];", "These tables: all, of an action, or of an option."),
     (
         'RUN table AS LLM.`path` WHERE action="…" AND key="value" AS result;',
@@ -38,7 +50,7 @@ STATEMENTS = (
     ),
     (
         'RUN table AS TableRepartition.`` WHERE partitionNum="n" AS result;',
-        "Deal a table's rows out in parts.",
+        "Deal a table's rows out in parts, one for each rank of a training with keepPartitionNum.",
     ),
     ('LOAD format.`path` WHERE key="value" AS table;', "Read files as a table."),
     (

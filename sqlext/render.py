@@ -1,4 +1,4 @@
-"""Results for a person or a program: DuckDB's own box, or JSON lines."""
+"""Results for a person or a program: DuckDB's own box, records where a box would cut, or JSON lines."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from sqlext import records
+
 MAX_ROWS = 40  # of a box; the rest is counted in its foot
 
 
@@ -19,14 +21,16 @@ def show(raw: duckdb.DuckDBPyConnection, rows: pa.Table, as_json: bool) -> None:
     """Print `rows` to stdout.
 
     Args:
-        as_json: each row as a JSON object on its own line, instead of a box.
+        as_json: each row as a JSON object on its own line, instead of a box or records.
     """
     if as_json:
         _write_json(raw, rows)
     elif rows.column_names == ["explain_key", "explain_value"]:
         print(*rows["explain_value"].to_pylist(), sep="\n")
+    elif records.better(rows, width := shutil.get_terminal_size((120, 24)).columns):
+        print(*records.lines(rows), sep="\n", end="\n\n")
     elif rows.num_columns:
-        raw.from_arrow(rows).show(max_width=shutil.get_terminal_size((120, 24)).columns, max_rows=MAX_ROWS)
+        raw.from_arrow(rows).show(max_width=width, max_rows=MAX_ROWS)
     sys.stdout.flush()
 
 

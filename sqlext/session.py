@@ -20,6 +20,7 @@ from runtime.errors import SqlextError
 from runtime.gateway import Budget, Budgets, Limits, ResultStore, Statement, default_path
 from runtime.gateway.store import Measured
 from runtime.secrets import redact
+from runtime.training.folder import JobFolder
 from sqlext import options
 from udfs.context import StatementTable
 from udfs.prompts import PromptOrders
@@ -38,6 +39,8 @@ class Session:
     Attributes:
         notify: told what is worth saying but is not data; prints to stderr unless replaced.
         on_deploy: told how far a deployment is.
+        on_job: told in words how far a job is that is waited for; '' when the waiting is over.
+        own_jobs: jobs that would end with this process, as its own Ray does.
     """
 
     def __init__(self, raw: duckdb.DuckDBPyConnection) -> None:
@@ -50,6 +53,8 @@ class Session:
         self.dialect = "duckdb"
         self.notify: Callable[[str], None] = _to_stderr
         self.on_deploy: Callable[[Any], None] = _ignore
+        self.on_job: Callable[[str], None] = _ignore
+        self.own_jobs: list[JobFolder] = []
         self.history: deque[Statement] = deque(maxlen=HISTORY)
         self.duckdb_settings = DuckdbSettings(self._ask)
         self._store: ResultStore | None = None

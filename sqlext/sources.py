@@ -59,12 +59,38 @@ def put_table(execute: Execute, name: str, query: str) -> None:
     put_staged(execute, name)
 
 
+def put_view(execute: Execute, name: str, query: str) -> None:
+    """Keep `query` as the temporary view `name`."""
+    execute(f"CREATE OR REPLACE TEMP VIEW {_STAGED} AS {query}")
+    put_staged(execute, name, "VIEW")
+
+
 def keep(raw: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:
     """Keep `rows` as the temporary table `name`."""
     raw.execute("SELECT 1").fetchall()  # an unread result would stand in the way of registering
     raw.register(_ROWS, rows)
     try:
         put_table(raw.execute, name, f"FROM {_ROWS}")
+    finally:
+        raw.unregister(_ROWS)
+
+
+def keep_for_good(raw: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:
+    """Keep `rows` as a table of the database, in place of one that has the name.
+
+    Args:
+        name: as SQL, quoted.
+
+    Raises:
+        UserError: DuckDB refuses it.
+    """
+    raw.execute("SELECT 1").fetchall()  # as in `keep`
+    raw.register(_ROWS, rows)
+    try:
+        raw.execute(f"CREATE OR REPLACE TABLE {name} AS FROM {_ROWS}")
+    except duckdb.Error as error:
+        cause = str(error).partition("\n")[0]
+        raise UserError(f"The table {name} cannot be written: {cause}", code="output_table") from None
     finally:
         raw.unregister(_ROWS)
 
@@ -79,8 +105,7 @@ def load(statement: Load, connection: Connection) -> None:
         keep(connection.raw, statement.table, _json_rows(statement, connection.session.variables))
         return
     with connection.own_sql() as execute, _own_words("LOAD"):
-        execute(f"CREATE OR REPLACE TEMP VIEW {_STAGED} AS {_reading(statement)}")
-        put_staged(execute, statement.table, "VIEW")
+        put_view(execute, statement.table, _reading(statement))
 
 
 def _reading(statement: Load) -> str:

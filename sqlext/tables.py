@@ -1,7 +1,7 @@
-"""Tables of the session that are made each time they are read: `llm_errors`, `llm_calls`, `llm_results`.
+"""Tables that are made each time they are read: `llm_errors`, `llm_calls`, `llm_results`, `llm_jobs` and its metrics.
 
-Alone because they are views of what other files keep: statements that have ended, and the result store. Every cursor
-has them under these names unless it has tables of its own that are called so.
+Alone because they are views of what other files keep: statements that have ended, the result store, and jobs. Every
+cursor has them under these names unless it has tables of its own that are called so.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from sqlext import jobs
+
 if TYPE_CHECKING:
     from runtime.gateway import Usage
     from sqlext.session import Session
 
 Made: TypeAlias = pa.Table | pa.RecordBatchReader
 
-OWN_TABLES = ("llm_errors", "llm_calls", "llm_results")
+OWN_TABLES = ("llm_errors", "llm_calls", "llm_results", "llm_jobs", "llm_job_metrics")
 SCANNED_ROWS = 4_096  # of stored answers that are read at once; vectors are large
 _TEXT, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
 _ERRORS = pa.schema(
@@ -67,8 +69,10 @@ class LiveTable:
 
 def register(raw: duckdb.DuckDBPyConnection, session: Session) -> None:
     """Make the tables of the session known to a cursor."""
-    for name, make in zip(OWN_TABLES, (errors, calls, results), strict=True):
-        raw.register(name, LiveTable(partial(make, session)))
+    of_session: tuple[Callable[[Session], Made], ...] = (errors, calls, results)
+    made: list[Callable[[], Made]] = [partial(make, session) for make in of_session]
+    for name, make in zip(OWN_TABLES, [*made, jobs.job_table, jobs.metrics], strict=True):
+        raw.register(name, LiveTable(make))
 
 
 def errors(session: Session) -> pa.Table:

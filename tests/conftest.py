@@ -16,8 +16,9 @@ from runtime import cluster
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test finds answers of another one, or leaves any behind."""
+    """No test finds answers or jobs of another one, or leaves any behind."""
     monkeypatch.setenv("SQLEXT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("SQLEXT_JOBS", str(tmp_path_factory.mktemp("jobs")))
 
 
 @pytest.fixture(scope="session")

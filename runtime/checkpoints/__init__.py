@@ -1,1 +1,5 @@
-"""Checkpoints: what lies in a model folder, and whether it may be loaded. Reads headers, never weights."""
+"""Checkpoints: what lies in a model folder, whether it may be loaded, and what can be made of it.
+
+What judges a folder reads headers and imports no torch: inspect, profile, adapter, weights. What makes another one of
+it reads tensors, a piece at a time: convert and merge, from a model_folder, zero or sharded, to output or gguf.
+"""

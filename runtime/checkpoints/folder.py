@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError
+from runtime.errors import UserError, did_you_mean
 
 ROOTS_VARIABLE = "SQLEXT_ROOTS"
 PACKAGE = "package:"
@@ -24,6 +24,8 @@ MAX_JSON_BYTES = 64 << 20  # a tokenizer.json is some MB; configurations are far
 
 def open_folder(path: str) -> Path:
     """The real folder behind `path`: `~` expanded, links followed, ``package:name/folder`` looked up.
+
+    A bare word that is no folder here is the name of a model in the model store.
 
     Raises:
         UserError: checkpoint_package, checkpoint_path, checkpoint_missing, checkpoint_not_folder,
@@ -38,6 +40,10 @@ def open_folder(path: str) -> Path:
     if path.startswith(PACKAGE):
         path = _in_package(path)
     folder = Path(os.path.realpath(os.path.expanduser(path)))
+    if _is_word(path) and not folder.exists():
+        from runtime.checkpoints.model_store import stored_folder
+
+        folder = stored_folder(path) or folder
     check_roots(folder)
     try:
         if not folder.exists():
@@ -52,6 +58,11 @@ def open_folder(path: str) -> Path:
     except OSError as error:
         raise unreadable(folder, error) from None
     return folder
+
+
+def _is_word(path: str) -> bool:
+    """Whether it has no part that makes it a path."""
+    return not path.startswith(("~", ".")) and os.path.basename(path) == path
 
 
 def _in_package(path: str) -> str:
@@ -84,6 +95,25 @@ def check_roots(real: Path) -> None:
             f'"{real}" is outside the folders that may be read.',
             code="checkpoint_outside_roots",
             hint=f"Allowed by {ROOTS_VARIABLE}: {', '.join(allowed)}.",
+        )
+
+
+def require_own(folder: Path, file: Path) -> None:
+    """Refuse a link out of the folder: what it leads to is not the checkpoint's, and would be carried over.
+
+    The cache of the Hugging Face hub keeps the files of a snapshot in the folder `blobs` beside it.
+
+    Raises:
+        UserError: checkpoint_link, checkpoint_outside_roots.
+    """
+    real = Path(os.path.realpath(file))
+    check_roots(real)
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not real.is_relative_to(folder) and not real.is_relative_to(blobs):
+        raise UserError(
+            f'"{file}" is a link out of its folder.',
+            code="checkpoint_link",
+            hint="Put the file itself there, or copy the checkpoint with its links followed: cp -rL.",
         )
 
 
@@ -168,6 +198,17 @@ def _bad_json(file: Path, why: str) -> UserError:
 
 def _missing(path: str, folder: Path) -> UserError:
     present = next((parent for parent in folder.parents if parent.exists()), None)
+    if _is_word(path):
+        from runtime.checkpoints.model_store import stored_names
+
+        near = did_you_mean(path, stored_names())
+        return UserError(
+            f'There is no folder "{path}" in "{present}", and no model of that name in the model store.',
+            code="checkpoint_missing",
+            hint=f'Did you mean "{near}"?'
+            if near
+            else "!llm imports; lists the store. A folder is given as /path/to/it.",
+        )
     return UserError(
         f'There is no folder "{path}".',
         code="checkpoint_missing",

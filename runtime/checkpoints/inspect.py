@@ -68,11 +68,11 @@ def inspect(path: str, task: Task | None = None) -> Checkpoint:
             _unsupported, _task: what it would need.
     """
     folder = open_folder(path)
-    modules = _module_folders(folder)
+    modules = module_folders(folder)
     body = modules[0] if modules else folder  # where the transformer itself lies
-    config = _config(body)
+    config = read_config(body)
     files = list_files(folder)
-    _refuse_remote_code(folder, files, config)
+    refuse_remote_code(folder, files, config)
     architectures = tuple(str(name) for name in config.get("architectures") or ())
     model_type = str(config.get("model_type", ""))
     natural = Task.EMBED if modules else task_of(architectures, model_type, folder)
@@ -110,7 +110,12 @@ def _asked_for(found: Checkpoint, task: Task | None) -> Checkpoint:
     )
 
 
-def _config(body: Path) -> dict[str, Any]:
+def read_config(body: Path) -> dict[str, Any]:
+    """What config.json in the folder `body` says.
+
+    Raises:
+        UserError: checkpoint_config, checkpoint_unreadable.
+    """
     file = body / "config.json"
     if not file.exists():
         raise UserError(
@@ -137,8 +142,12 @@ def _names_in(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(child.name for child in folder.iterdir() if child.is_file()))
 
 
-def _module_folders(folder: Path) -> list[Path]:
-    """The folders of a sentence-transformers checkpoint's modules, the transformer's first; [] for any other."""
+def module_folders(folder: Path) -> list[Path]:
+    """The folders of a sentence-transformers checkpoint's modules, the transformer's first; [] for any other.
+
+    Raises:
+        UserError: checkpoint_remote_code, checkpoint_config.
+    """
     if not (folder / MODULES).exists():
         return []
     modules = read_objects(folder / MODULES)
@@ -160,7 +169,12 @@ def _refuse_pickles(module: Path) -> None:
         raise pickled(module / bad[0])
 
 
-def _refuse_remote_code(folder: Path, files: tuple[str, ...], config: dict[str, Any]) -> None:
+def refuse_remote_code(folder: Path, files: tuple[str, ...], config: dict[str, Any]) -> None:
+    """Refuse a checkpoint that brings code, or names some to be fetched.
+
+    Raises:
+        UserError: checkpoint_remote_code.
+    """
     if scripts := [name for name in files if name.endswith((".py", ".so", ".pyc"))]:
         raise _remote_code(folder, f"its file {scripts[0]}")
     for name in ("tokenizer_config.json", "processor_config.json"):

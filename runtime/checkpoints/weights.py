@@ -49,7 +49,7 @@ def check_weights(folder: Path, names: tuple[str, ...]) -> Weights:
     files = _weight_files(folder, names)
     counted: dict[str, int] = {}
     for name in files:
-        for dtype, count in _check_file(folder / name).items():
+        for dtype, count in check_file(folder / name).items():
             counted[dtype] = counted.get(dtype, 0) + count
     main = max(counted, key=lambda dtype: counted[dtype], default="F32")
     return Weights(files, sum(counted.values()), _NAMES.get(main, main.lower()))
@@ -64,7 +64,7 @@ def _weight_files(folder: Path, names: tuple[str, ...]) -> tuple[str, ...]:
         raise UserError(
             f'"{folder}" is an adapter (LoRA), not a whole model.',
             code="checkpoint_adapter",
-            hint="Merge it into its base model and deploy the merged folder.",
+            hint='Deploy its base with adapter="…", or merge the two: action="merge".',
         )
     if pickles := [name for name in names if name.endswith(PICKLED)]:
         raise pickled(folder / pickles[0])
@@ -80,25 +80,42 @@ def pickled(file: Path) -> UserError:
     return UserError(
         f'"{file}" is refused: pickled weights can run code when they are loaded.',
         code="checkpoint_pickled",
-        hint="Convert the checkpoint to safetensors where you trust it: save_pretrained(folder).",
+        hint='If you trust where it comes from, action="convert" AND to="safetensors" AND allow_pickle="true" makes '
+        "one that is not pickled.",
     )
 
 
 def _shards(folder: Path) -> tuple[str, ...]:
     weight_map = read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise _corrupt(folder / INDEX, "it has no weight_map")
+        raise corrupt(folder / INDEX, "it has no weight_map")
     shards = sorted({str(shard) for shard in weight_map.values()})
     for shard in shards:
         if PurePosixPath(shard).name != shard or not shard.endswith(".safetensors"):
-            raise _corrupt(folder / INDEX, "it names a shard that is no .safetensors file of this folder")
+            raise corrupt(folder / INDEX, "it names a shard that is no .safetensors file of this folder")
         if not (folder / shard).exists():
-            raise _corrupt(folder / INDEX, f"it names {shard}, which is not there")
+            raise corrupt(folder / INDEX, f"it names {shard}, which is not there")
     return tuple(shards)
 
 
-def _check_file(file: Path) -> dict[str, int]:
-    """Numbers per dtype in one safetensors file."""
+def check_file(file: Path) -> dict[str, int]:
+    """Numbers per dtype in one safetensors file, as its checked header says.
+
+    Raises:
+        UserError: checkpoint_corrupt, checkpoint_pickled, checkpoint_unreadable, checkpoint_outside_roots.
+    """
+    counted: dict[str, int] = {}
+    for entry in read_header(file)[0].values():
+        counted[entry["dtype"]] = counted.get(entry["dtype"], 0) + math.prod(entry["shape"])
+    return counted
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The checked header of a safetensors file (name -> dtype, shape, data_offsets), and where its tensors begin.
+
+    Raises:
+        UserError: as `check_file`.
+    """
     check_roots(file.resolve())
     try:
         size = file.stat().st_size
@@ -113,9 +130,10 @@ def _check_file(file: Path) -> dict[str, int]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        return _check_tensors(file, header, size - 8 - length)
+        _check_tensors(file, header, size - 8 - length)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise _corrupt(file, "its header is not valid") from None
+        raise corrupt(file, "its header is not valid") from None
+    return header, 8 + length
 
 
 def _no_safetensors(file: Path, start: bytes, length: int, size: int) -> UserError:
@@ -128,31 +146,30 @@ def _no_safetensors(file: Path, start: bytes, length: int, size: int) -> UserErr
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return pickled(file)
     if length > MAX_HEADER_BYTES:
-        return _corrupt(file, f"its header claims more than {MAX_HEADER_BYTES // 1_000_000} MB")
-    return _corrupt(file, f"it ends after {size} bytes, inside its header")
+        return corrupt(file, f"its header claims more than {MAX_HEADER_BYTES // 1_000_000} MB")
+    return corrupt(file, f"it ends after {size} bytes, inside its header")
 
 
-def _check_tensors(file: Path, header: dict[str, Any], data_bytes: int) -> dict[str, int]:
-    counted: dict[str, int] = {}
+def _check_tensors(file: Path, header: dict[str, Any], data_bytes: int) -> None:
     end = 0
     for entry in sorted(header.values(), key=lambda entry: tuple(entry["data_offsets"])):
         first, last = entry["data_offsets"]
         count = math.prod(entry["shape"])
-        bits = _BITS.get(entry["dtype"], 8)
+        if any(type(number) is not int or number < 0 for number in (first, last, *entry["shape"])):
+            raise corrupt(file, "a shape or an offset in its header is no count")
         if last > data_bytes:
-            raise _corrupt(file, f"its tensors need {last} bytes and {data_bytes} are there")
-        if first != end or last < first or count < 0:
-            raise _corrupt(file, "its tensors overlap or leave gaps")
-        if entry["dtype"] in _BITS and (last - first) * 8 != count * bits:
-            raise _corrupt(file, "the size of a tensor does not fit its shape")
+            raise corrupt(file, f"its tensors need {last} bytes and {data_bytes} are there")
+        if first != end or last < first:
+            raise corrupt(file, "its tensors overlap or leave gaps")
+        if entry["dtype"] in _BITS and (last - first) * 8 != count * _BITS[entry["dtype"]]:
+            raise corrupt(file, "the size of a tensor does not fit its shape")
         end = last
-        counted[entry["dtype"]] = counted.get(entry["dtype"], 0) + count
     if end != data_bytes:
-        raise _corrupt(file, f"{data_bytes - end} bytes after its tensors belong to none")
-    return counted
+        raise corrupt(file, f"{data_bytes - end} bytes after its tensors belong to none")
 
 
-def _corrupt(file: Path, why: str) -> UserError:
+def corrupt(file: Path, why: str) -> UserError:
+    """The error for a weight file that is not whole."""
     return UserError(
         f'"{file}" is damaged: {why}.',
         code="checkpoint_corrupt",

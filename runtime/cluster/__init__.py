@@ -20,6 +20,7 @@ from runtime.cluster.deployments import (
     retire,
     retire_older,
 )
+from runtime.cluster.nodes import machines
 from runtime.cluster.pool import Pool
 from runtime.cluster.worker import WorkerInfo
 
@@ -37,6 +38,7 @@ __all__ = [
     "deployments",
     "exists",
     "free",
+    "machines",
     "remove",
     "retire",
     "retire_older",

@@ -98,7 +98,7 @@ def connect(address: str | None = None) -> ClusterInfo:
         else:
             _attach(wanted)
             _started_here = False
-        return ClusterInfo(cluster_address(), _started_here, len(_live_nodes()))
+        return ClusterInfo(cluster_address(), _started_here, len(live_nodes()))
 
 
 def shutdown() -> None:
@@ -137,7 +137,7 @@ def free() -> Resources:
 
 def nodes_total() -> list[dict[str, float]]:
     """Resources of each living node."""
-    return [_named(node["Resources"]) for node in _live_nodes()]
+    return [_named(node["Resources"]) for node in live_nodes()]
 
 
 def nodes_available() -> list[dict[str, float]]:
@@ -147,7 +147,8 @@ def nodes_available() -> list[dict[str, float]]:
     return [_named(resources) for resources in state.available_resources_per_node().values()]
 
 
-def _live_nodes() -> list[dict[str, Any]]:
+def live_nodes() -> list[dict[str, Any]]:
+    """What Ray says of each node that is up."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 

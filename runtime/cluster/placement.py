@@ -43,13 +43,13 @@ def require_room(model: str, pool: PoolSpec) -> None:
         DeployError: it does not; says what was asked, what is there and free, and what to type.
     """
     need = demand(pool)
-    if _fitting(need, nodes_total(), pool.num_workers) < pool.num_workers:
-        raise _no_room(model, pool, "The cluster is too small", _smaller(pool, _fitting(need, nodes_total(), 10**6)))
+    if fitting(need, nodes_total(), pool.num_workers) < pool.num_workers:
+        raise _no_room(model, pool, "The cluster is too small", _smaller(pool, fitting(need, nodes_total(), 10**6)))
     deadline = time.monotonic() + SETTLE_S
-    while (fitting := _fitting(need, nodes_available(), pool.num_workers)) < pool.num_workers:
+    while (present := fitting(need, nodes_available(), pool.num_workers)) < pool.num_workers:
         if time.monotonic() > deadline:
             hint = 'Remove a model that is not needed (`!llm models;`, then `!llm model remove "name";`), or '
-            raise _no_room(model, pool, "Too little is free", hint + _smaller(pool, fitting, start="t"))
+            raise _no_room(model, pool, "Too little is free", hint + _smaller(pool, present, start="t"))
         time.sleep(POLL_S)
 
 
@@ -59,7 +59,7 @@ def demand(pool: PoolSpec) -> dict[str, float]:
     return {name: amount for name, amount in wanted.items() if amount}
 
 
-def _fitting(need: dict[str, float], nodes: Sequence[dict[str, float]], enough: int) -> int:
+def fitting(need: dict[str, float], nodes: Sequence[dict[str, float]], enough: int) -> int:
     """How many workers fit on these nodes, counted up to `enough`."""
     if not need:
         return enough
@@ -83,10 +83,10 @@ def _no_room(model: str, pool: PoolSpec, what: str, hint: str) -> DeployError:
     )
 
 
-def _smaller(pool: PoolSpec, fitting: int, start: str = "T") -> str:
+def _smaller(pool: PoolSpec, workers: int, start: str = "T") -> str:
     """What to type to ask for less."""
-    if fitting:
-        return f'{start}ype `!llm setup "num_workers={fitting}";`.'
+    if workers:
+        return f'{start}ype `!llm setup "num_workers={workers}";`.'
     settings = ["cpus_per_worker"] if pool.cpus_per_worker else []
     settings += ["gpus_per_worker"] if pool.gpus_per_worker else []
     less = " ".join(f'"{name}={_less(getattr(pool, name))}"' for name in settings)

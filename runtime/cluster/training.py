@@ -1,15 +1,314 @@
-"""Training on the cluster: the ranks of a job on Ray workers."""
+"""Training on the cluster: the ranks of a job on Ray Train's workers.
+
+Ray Train starts the processes, tells each its place in the group and sees when one dies. It stands alone because what
+follows from that is decided here: another start from the newest checkpoint or an end, what the user is told, and that
+nothing stays behind.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from runtime.cluster.connection import live_nodes, nodes_available, ray
+from runtime.cluster.failure import failure
+from runtime.cluster.placement import demand, fitting
+from runtime.errors import Cancelled, Fatal, SqlextError, WorkerLost
+from runtime.spec import ModelSpec, PoolSpec
 from runtime.training import loop
+from runtime.training.folder import JobFolder
 from runtime.training.plan import TrainingPlan
+
+LOG = logging.getLogger("sqlext.training")
+MAX_LOST = 3  # starts in a row that lose a rank before they come to a new checkpoint
+END_S = 20.0  # for a rank to come to the end of its step when the job is cancelled
+POLL_S = 0.2
+PEER_TIMEOUT_S = 6 * 3600  # ranks wait for one that writes a large checkpoint; one that died is noticed at once
+
+_RAY_TRAIN = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a busy machine is slow, and there was room
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process; a machine that goes is a rank that is lost
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay what they are
+}
+_BROKEN_PEER = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_LOOPBACK = {"linux": "lo", "darwin": "lo0"}
+_COORDINATOR = "AutoscalingCoordinator"  # name and namespace of an actor that Ray Train leaves on the cluster
 
 
 def train_on_ranks(plan: TrainingPlan) -> None:
     """Run the plan's ranks until they have ended; in the process of the job.
 
+    A rank that dies takes the others with it, and all start again from the newest whole checkpoint.
+
     Raises:
         SqlextError: the training failed; what it had saved is intact.
+        Cancelled: the folder asks for it.
     """
-    loop.train(plan)
+    folder = JobFolder(Path(plan.folder))
+    if plan.ranks == 1 and _has_what_it_needs(plan):
+        loop.train(plan)
+        return
+    release(folder)  # what an earlier start of this job had, whose process was killed
+    before = _newest_step(folder)
+    lost = 0
+    while True:
+        _wait_for_room(plan, folder)
+        try:
+            _start_ranks(plan, folder)
+            return
+        except WorkerLost as error:
+            if folder.cancelled:
+                raise Cancelled("The training was cancelled.") from None
+            step = _newest_step(folder)
+            lost = 1 if step > before else lost + 1
+            before = step
+            if lost >= MAX_LOST:
+                raise _given_up(error, step) from None
+            LOG.warning("%s The ranks start again from step %d.", error.message, step)
+
+
+def release(folder: JobFolder) -> None:
+    """Give back what the ranks of a job have reserved, if they have ended without doing so themselves."""
+    reserved = folder.status().get("placement_group")
+    if not reserved:
+        return
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    with contextlib.suppress(Exception):  # it is gone already, or was on another cluster
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(reserved))))
+    folder.update(placement_group=None)
+
+
+def _has_what_it_needs(plan: TrainingPlan) -> bool:
+    """Whether this process has the resources of a rank, so that the only one can run here."""
+    need = {"GPU": plan.gpus_per_rank, **plan.resources}
+    if not any(need.values()):
+        return True
+    has = ray.get_runtime_context().get_assigned_resources()
+    return all(has.get(name, 0.0) >= amount for name, amount in need.items())
+
+
+def _wait_for_room(plan: TrainingPlan, folder: JobFolder) -> None:
+    """Wait until all ranks fit on the cluster; Ray would wait as well, and not listen.
+
+    Raises:
+        Cancelled: the job was asked to stop.
+    """
+    need, waited = demand(_pool(plan)), False
+    while fitting(need, nodes_available(), plan.ranks) < plan.ranks:
+        if folder.cancelled:
+            raise Cancelled("The training was cancelled.")
+        if not waited:
+            LOG.info("waiting for %d × %s", plan.ranks, need)
+            folder.update(state="queued")
+        waited = True
+        time.sleep(POLL_S)
+    if waited:
+        folder.update(state="running")
+
+
+def _pool(plan: TrainingPlan) -> PoolSpec:
+    resources = tuple(sorted(plan.resources.items()))
+    return PoolSpec(plan.ranks, 1, plan.gpus_per_rank, plan.cpus_per_rank, resources)
+
+
+def _start_ranks(plan: TrainingPlan, folder: JobFolder) -> None:
+    """Start all ranks once and wait for them.
+
+    Raises:
+        WorkerLost: a rank's process ended, or it did not reach another one.
+        SqlextError: what a rank raised.
+    """
+    own = folder.logging / ".ray"
+    try:
+        # On the main thread Ray Train would take Ctrl-C for itself, and keep its own processes for that.
+        with _environment(_RAY_TRAIN), _without_coordinator(), ThreadPoolExecutor(1, "sqlext-ranks") as thread:
+            thread.submit(_fit, plan, own).result()
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+        folder.update(placement_group=None)
+
+
+def _fit(plan: TrainingPlan, storage: Path) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig
+
+    trainer = _trainer()(
+        _rank,
+        train_loop_config={"plan": plan},
+        torch_config=TorchConfig(timeout_s=PEER_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=plan.ranks, use_gpu=plan.gpus_per_rank > 0, resources_per_worker=demand(_pool(plan))
+        ),
+        run_config=RunConfig(
+            name="ranks",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            worker_runtime_env={"env_vars": _variables(plan)},
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        cause = _cause(error)
+    else:
+        return
+    raise cause  # out here, where nothing holds on to Ray Train's processes
+
+
+def _variables(plan: TrainingPlan) -> dict[str, str]:
+    """The environment of a rank."""
+    threads = str(max(1, int(plan.cpus_per_rank)))
+    variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if _on_one_machine() and (loopback := _LOOPBACK.get(sys.platform)):
+        variables["GLOO_SOCKET_IFNAME"] = loopback  # gloo would look for the machine's name in the network
+    return variables
+
+
+def _trainer() -> Any:
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            """Without a detached process that would never end where Ray has no dashboard; `release` does its work."""
+            every = super()._create_default_callbacks()
+            return [each for each in every if not isinstance(each, PlacementGroupCleanerCallback)]
+
+    return Trainer
+
+
+def _cause(error: Exception) -> SqlextError:
+    """Why the ranks have ended: what one of them raised, rather than what followed from it on the others."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    ours = [each for _, each in sorted(failures.items()) if isinstance(each, SqlextError)]
+    raised = [each for each in ours if not isinstance(each, WorkerLost)]
+    if raised:
+        return raised[0]
+    if not failures:
+        said = str(getattr(error, "controller_failure", error)).strip()
+        return Fatal(
+            f"The ranks did not start: {said.splitlines()[0][:300] if said else type(error).__name__}",
+            code="ranks_start",
+            hint="On a cluster, the same version of this package must be installed on every machine.",
+        )
+    gone = sorted(rank for rank, each in failures.items() if not isinstance(each, SqlextError))
+    if gone:
+        return WorkerLost(f"The process of rank {gone[0]} ended.", code="rank_lost")
+    return ours[0]
+
+
+def _given_up(error: WorkerLost, step: int) -> Fatal:
+    return Fatal(
+        f"{error.message} That happened {MAX_LOST} times without a new checkpoint; the last one is of step {step}.",
+        code="rank_lost",
+        hint="Often memory ran out: use a smaller per_device_train_batch_size with more gradient_accumulation_steps, "
+        "gradient_checkpointing, or fewer ranks on a machine. A smaller save_steps loses less.",
+    )
+
+
+def _newest_step(folder: JobFolder) -> int:
+    """Step of the newest whole checkpoint; 0 when there is none."""
+    found = [file.parent.name for file in folder.models.glob("checkpoint-*/trainer_state.json")]
+    return max((int(name.rpartition("-")[2]) for name in found), default=0)
+
+
+def _rank(config: Mapping[str, Any]) -> None:
+    """What a worker of Ray Train runs.
+
+    Raises:
+        SqlextError: the training failed, in a form that every process can read.
+    """
+    plan: TrainingPlan = config["plan"]
+    folder = JobFolder(Path(plan.folder))
+    first = os.environ["RANK"] == "0"
+    folder.take_output()
+    logging.basicConfig(
+        level=logging.INFO if first else logging.WARNING,
+        format=f"%(asctime)s %(levelname)s rank {os.environ['RANK']} %(name)s: %(message)s",
+        force=True,
+    )
+    if first:
+        folder.update(placement_group=ray.util.get_current_placement_group().id.hex())
+    threading.Thread(target=_end_when_cancelled, args=(folder,), daemon=True).start()
+    try:
+        loop.train(plan)
+    except SqlextError:
+        raise
+    except Exception as error:
+        LOG.error("%s", "".join(traceback.format_exception(error)))
+        raise _portable(error, folder) from None
+
+
+def _portable(error: Exception, folder: JobFolder) -> SqlextError:
+    """A foreign error as one of ours; one that another rank's end has caused is `WorkerLost`."""
+    message = failure(error, ModelSpec(folder.id, "training")).info.message
+    text = str(error)
+    if type(error).__name__ in _BROKEN_PEER or (
+        isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
+    ):
+        return WorkerLost(f"A rank lost the connection to another one: {message}", code="rank_lost")
+    again = f'!llm resume "{folder.id}"; goes on from the last whole checkpoint.'
+    return Fatal(message, code="training_failed", hint=f'!llm logs "{folder.id}"; tells more; {again}')
+
+
+def _end_when_cancelled(folder: JobFolder) -> None:
+    """End this process when the job is cancelled and it does not come to an end by itself."""
+    while not folder.cancelled:
+        time.sleep(POLL_S)
+    time.sleep(END_S)
+    os.kill(os.getpid(), signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Settings that Ray Train takes from the environment, for as long as it starts."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ |= wanted
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _on_one_machine() -> bool:
+    """Whether the cluster is one that was started inside a program of ours."""
+    return all(node["NodeManagerAddress"] == "127.0.0.1" for node in live_nodes())
+
+
+@contextlib.contextmanager
+def _without_coordinator() -> Iterator[None]:
+    """On a cluster of our own, end the process that Ray Train would leave there for an autoscaler."""
+    already = _coordinator() is not None
+    try:
+        yield
+    finally:
+        if _on_one_machine() and not already and (left := _coordinator()) is not None:
+            ray.kill(left)
+
+
+def _coordinator() -> Any:
+    with contextlib.suppress(ValueError):
+        return ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
+    return None

@@ -9,12 +9,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from runtime.checkpoints.adapter import open_adapter
 from runtime.checkpoints.inspect import inspect
 from runtime.engines.decoding import Limits, Row, decode
 from runtime.engines.loading import (
@@ -31,10 +34,15 @@ from runtime.engines.loading import (
 from runtime.engines.microbatch import failed
 from runtime.engines.sampling import Sampling, sampling
 from runtime.errors import ErrorInfo, Fatal, RowError, UserError
-from runtime.prompts.chat import DEFAULT_MAX_TOKENS, Rendered, fit_answer, render
+from runtime.prompts.chat import AS_IT_IS, DEFAULT_MAX_TOKENS, Rendered, fit_answer, has_template, render
+from runtime.prompts.encoding import Encoder
+from runtime.prompts.style import Style, find_style
 from runtime.spec import Answers, Batch, EngineInfo, ModelSpec, Task, Value
 
-OPTIONS = ("dtype", "quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+OPTIONS = (
+    *("dtype", "quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+    *("prompt_format", "chat_template", "adapter"),
+)
 CPU_LIMITS = Limits(rows=32, tokens=32_768)
 GPU_LIMITS = Limits(rows=128, tokens=262_144)
 BATCHES_AHEAD = 4  # a batch holds this many times the rows that run at once, so that the set stays full
@@ -49,13 +57,25 @@ class TransformersEngine:
         tokenizer: with or without a chat template.
         info: what was loaded.
         limits: how much runs at once.
+        style: how conversations are written for it.
+        encoder: of a fast tokenizer; None for any other.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, info: EngineInfo, limits: Limits) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        info: EngineInfo,
+        limits: Limits,
+        style: Style = AS_IT_IS,
+        encoder: Encoder | None = None,
+    ) -> None:
         self.info = info
         self._model = model
         self._tokenizer = tokenizer
+        self._encoder = encoder
         self._limits = limits
+        self._style = style
         self._tokenizing = threading.Lock()  # a fast tokenizer must not be called by two threads at once
 
     def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
@@ -101,7 +121,7 @@ class TransformersEngine:
         errors: dict[int, ErrorInfo] = {}
         for index, prompt in enumerate(batch.prompts):
             try:
-                rendered[index] = render(self._tokenizer, prompt, batch.options.system)
+                rendered[index] = render(self._tokenizer, prompt, batch.options.system, self._style)
             except RowError as error:
                 errors[index] = error.info
         read: dict[int, tuple[list[int], int]] = {}
@@ -117,12 +137,15 @@ class TransformersEngine:
         if not rendered:
             return []
         with self._tokenizing:
-            ids: list[list[int]] = self._tokenizer(
-                [each.text for each in rendered],
-                add_special_tokens=rendered[0].add_special_tokens,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
+            if self._encoder:
+                ids = [each.ids for each in self._encoder.encode(rendered)]
+            else:
+                ids = self._tokenizer(
+                    [each.text for each in rendered],
+                    add_special_tokens=rendered[0].add_special_tokens,
+                    return_attention_mask=False,
+                    verbose=False,
+                )["input_ids"]
         return [each or [self._first_token()] for each in ids]
 
     def _first_token(self) -> int:
@@ -140,11 +163,15 @@ class TransformersEngine:
         with self._tokenizing:
             return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
+    def _content(self, text: str) -> str:
+        """What was said in a text that the model wrote."""
+        return self._style.prompt_format.content(text) if self._style.prompt_format else text
+
     def _answers(self, rows: list[Row], settings: Sampling, latency_ms: float) -> Answers:
         ids = [row.new[:-1] if row.new[-1] in settings.ends else row.new for row in rows]
         return Answers(
             rows=[row.index for row in rows],
-            outputs=[_cut(text, settings.stop) for text in self._decode(ids)],
+            outputs=[self._content(_cut(text, settings.stop)) for text in self._decode(ids)],
             finish_reasons=[row.reason for row in rows],
             prompt_tokens=[len(row.prompt) for row in rows],
             completion_tokens=[len(row.new) for row in rows],
@@ -156,7 +183,8 @@ def load(spec: ModelSpec) -> TransformersEngine:
     """Load the checkpoint in `spec.path`: safetensors only, no code of its own, nothing from a hub.
 
     Options: dtype; quantization (4, 8, true, false; GPU only); max_model_len (tokens of prompt and answer);
-    max_num_seqs and max_num_batched_tokens (rows and padded tokens that run at once).
+    max_num_seqs and max_num_batched_tokens (rows and padded tokens that run at once); prompt_format or chat_template,
+    instead of the checkpoint's own; adapter, the folder of a LoRA adapter.
 
     Raises:
         UserError: the folder or an option is wrong.
@@ -167,9 +195,23 @@ def load(spec: ModelSpec) -> TransformersEngine:
     placement = place(checkpoint, options.get("dtype"))
     bits = _bits(options.get("quantization"), placement)
     limits = _limits(options, placement)
+    adapter = open_adapter(str(options["adapter"])) if options.get("adapter") else None
+    style = find_style(
+        adapter.path if adapter and adapter.has_style else checkpoint.path,
+        str(options.get("prompt_format", "")),
+        str(options.get("chat_template", "")),
+    )
+    speaker = replace(checkpoint, path=str(adapter.path)) if adapter and adapter.has_tokenizer else checkpoint
     with loading(checkpoint):
-        tokenizer = load_tokenizer(checkpoint, padding_side="left")
+        tokenizer = load_tokenizer(speaker, padding_side="left")
         model = load_model(AutoModelForCausalLM, checkpoint, placement, _quantized(bits, placement.dtype))
+        if adapter:
+            from runtime.engines.adapters import put_on  # with it comes peft, which other models do not need
+
+            put_on(model, Path(checkpoint.path), adapter, quantized=bool(bits))
+    encoder = Encoder(tokenizer) if tokenizer.is_fast else None
+    if encoder and (end := encoder.end_token(style)) is not None:
+        _end_with(end, model.generation_config, tokenizer)
     try:
         sampling(spec.defaults, tokenizer, model.generation_config)
     except Fatal as error:  # a wrong default fails the deployment, not its rows
@@ -185,10 +227,17 @@ def load(spec: ModelSpec) -> TransformersEngine:
         max_batch_chars=BATCHES_AHEAD * limits.rows * CHARS_PER_ROW,
         max_answer_tokens=spec.defaults.max_tokens or DEFAULT_MAX_TOKENS,
         architectures=checkpoint.architectures,
-        chat_template=bool(tokenizer.chat_template),
-        notes=placement.notes,
+        chat_template=bool(style.prompt_format) or has_template(tokenizer, style),
+        notes=(*placement.notes, *([f"with the adapter {adapter.path}"] if adapter else ())),
     )
-    return TransformersEngine(model, tokenizer, info, limits)
+    return TransformersEngine(model, tokenizer, info, limits, style, encoder)
+
+
+def _end_with(end: int, generation: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let an answer end where a turn of the assistant does; a base model's own end token may be another one."""
+    said = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+    ends = said if isinstance(said, list) else [] if said is None else [said]
+    generation.eos_token_id = ends if end in ends else [*ends, end]
 
 
 def _limits(options: dict[str, Value], placement: Placement) -> Limits:

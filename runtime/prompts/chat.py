@@ -1,54 +1,149 @@
 """From a prompt to the text a model reads, and whether its answer still fits.
 
-Alone because every text engine needs the same rules:
+Alone because every text engine, training and render need the same rules:
 
-- A checkpoint with a chat template gets the conversation through it, with the generation prompt added; a plain text
-  is one user turn. The template is rendered by transformers in jinja2's immutable sandbox and writes the special
-  tokens itself, so the tokenizer adds none.
-- A checkpoint without one gets the plain contents, the system message first, joined by newlines and without roles;
-  the tokenizer adds its special tokens.
+- With a prompt_format or a chat template, of the statement or of the checkpoint, the conversation goes through it;
+  a plain text is one user turn. Both write the special tokens themselves, so the tokenizer adds none. Templates are
+  rendered by transformers in jinja2's immutable sandbox.
+- A checkpoint without either gets the plain contents, the system message first, joined by newlines and without
+  roles; the tokenizer adds its special tokens.
 - The system message of the call stands first; a conversation that brings its own keeps its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import RowError
+from runtime.prompts.format import Piece
+from runtime.prompts.style import Style
 from runtime.spec import Message, Prompt
 
 DEFAULT_MAX_TOKENS = 256
+MAX_ADDED_CHARS = 1 << 20
+"""What a template may add to a conversation; one that adds more is a mistake or an attack."""
+
+AS_IT_IS = Style()
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A prompt as text for the tokenizer, and whether that adds the special tokens."""
+    """A text for the tokenizer.
+
+    Attributes:
+        add_special_tokens: the tokenizer adds its own.
+        answers: where in the text the model wrote, or is to write: (start, end) in characters.
+    """
 
     text: str
     add_special_tokens: bool
+    answers: tuple[tuple[int, int], ...] = ()
 
 
-def render(tokenizer: Any, prompt: Prompt, system: str | None) -> Rendered:
+def render(
+    tokenizer: Any, prompt: Prompt, system: str | None, style: Style = AS_IT_IS, *, to_answer: bool = True
+) -> Rendered:
     """What the model reads for one row.
 
     Args:
         tokenizer: of transformers, with or without a chat template.
         system: the call's system message.
+        to_answer: end with what asks for an answer.
 
     Raises:
         RowError: prompt_bad when it is neither text nor a conversation or holds what no text file could hold,
-            template_failed when the checkpoint's template refuses it.
+            template_failed when the template refuses it, template_too_large when it writes without end.
     """
     messages = conversation(prompt, system)
-    if not tokenizer.chat_template:
+    if style.prompt_format:
+        return _joined(style.prompt_format.write(messages, to_answer=to_answer))
+    if not has_template(tokenizer, style):
         return Rendered("\n".join(message.content for message in messages), add_special_tokens=True)
+    return Rendered(_template_text(tokenizer, style, messages, to_answer=to_answer), add_special_tokens=False)
+
+
+def render_examples(tokenizer: Any, messages: Sequence[Message], style: Style) -> list[Rendered]:
+    """A whole conversation to learn from, with where its answers stand; mostly one text.
+
+    A template that writes earlier answers otherwise than the last one (some leave out what a model thought) gives one
+    text for each answer, as each is asked for in serving.
+
+    Args:
+        messages: the last one is the assistant's.
+        style: with a prompt_format, or for a tokenizer with a template.
+
+    Raises:
+        RowError: prompt_bad, template_failed, template_too_large; template_unstable when a prompt is not what its
+            answered conversation begins with.
+    """
+    if style.prompt_format:
+        return [_joined(style.prompt_format.write(messages, to_answer=False))]
+    whole = _template_text(tokenizer, style, messages, to_answer=False)
+    places = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    if (answers := _answers_within(tokenizer, style, messages, places, whole)) is not None:
+        return [Rendered(whole, False, answers)]
+    return [_last_answer(tokenizer, style, messages[: place + 1]) for place in places]
+
+
+def has_template(tokenizer: Any, style: Style = AS_IT_IS) -> bool:
+    """Whether conversations go through a chat template."""
+    return bool(not style.prompt_format and (style.chat_template or tokenizer.chat_template))
+
+
+def _joined(pieces: Sequence[Piece]) -> Rendered:
+    answers: list[tuple[int, int]] = []
+    at = 0
+    for piece in pieces:
+        if piece.is_answer:
+            answers.append((at, at + len(piece.text)))
+        at += len(piece.text)
+    return Rendered("".join(piece.text for piece in pieces), False, tuple(answers))
+
+
+def _answers_within(
+    tokenizer: Any, style: Style, messages: Sequence[Message], places: Sequence[int], whole: str
+) -> tuple[tuple[int, int], ...] | None:
+    """Where the answers stand in `whole`; None when the conversation's beginnings are not beginnings of its text."""
+    found = []
+    for place in places:
+        before = _template_text(tokenizer, style, messages[:place], to_answer=True)
+        last = place == len(messages) - 1
+        after = whole if last else _template_text(tokenizer, style, messages[: place + 1], to_answer=False)
+        if not (whole.startswith(after) and after.startswith(before)):
+            return None
+        found.append((len(before), len(after)))
+    return tuple(found)
+
+
+def _last_answer(tokenizer: Any, style: Style, messages: Sequence[Message]) -> Rendered:
+    before = _template_text(tokenizer, style, messages[:-1], to_answer=True)
+    whole = _template_text(tokenizer, style, messages, to_answer=False)
+    if not whole.startswith(before):
+        raise RowError(
+            "The chat template writes an answered conversation otherwise than the prompt that it answers.",
+            code="template_unstable",
+            hint="Train with a prompt_format, or with a chat_template whose answers begin where its prompts end.",
+        )
+    return Rendered(whole, False, ((len(before), len(whole)),))
+
+
+def _template_text(tokenizer: Any, style: Style, messages: Sequence[Message], *, to_answer: bool) -> str:
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text: str = tokenizer.apply_chat_template(
+            turns, chat_template=style.chat_template or None, tokenize=False, add_generation_prompt=to_answer
+        )
     except Exception as error:  # a template is a program: it may raise anything
-        raise _template_failed(tokenizer, error) from None
-    return Rendered(text, add_special_tokens=False)
+        raise _template_failed(style.chat_template or str(tokenizer.chat_template), error) from None
+    if len(text) > MAX_ADDED_CHARS + 2 * sum(len(message.content) for message in messages):
+        raise RowError(
+            f"The chat template adds more than {MAX_ADDED_CHARS:,} characters to the conversation.",
+            code="template_too_large",
+            hint="Look into the template for a loop that writes too much.",
+        )
+    return text
 
 
 def conversation(prompt: Prompt, system: str | None = None) -> tuple[Message, ...]:
@@ -107,12 +202,12 @@ def fit_answer(prompt_tokens: int, max_tokens: int | None, max_model_len: int | 
     return max_tokens or min(DEFAULT_MAX_TOKENS, room)
 
 
-def _template_failed(tokenizer: Any, error: Exception) -> RowError:
+def _template_failed(template: str, error: Exception) -> RowError:
     # A template's own message is shown only where it stands in the template: it may quote the row otherwise.
     said = str(error)
-    known = bool(said) and said in str(tokenizer.chat_template)
+    known = bool(said) and said in template
     return RowError(
-        f"The chat template of the checkpoint refuses this conversation: {said if known else type(error).__name__}.",
+        f"The chat template refuses this conversation: {said if known else type(error).__name__}.",
         code="template_failed",
         hint="Check the roles of the messages and their order.",
     )

@@ -1,24 +1,52 @@
 """The folder of a job: the only thing that outlives its processes, so everything that is told of a job is read here.
 
-    request.json                        the plan
+    request.json                        what was asked: the plan, and what is told beside it
     status.json                         state, progress, error; written anew as a whole
     cancel                              its presence asks the job to stop
+    fetched/                            weights that came from elsewhere
     finetune_data/data.jsonl            the rows, or data-00000-of-00004.jsonl, … with partitions; valid.jsonl
     finetune_data/tokens/               the same as token ids
     finetune_model/checkpoint-<step>/   to go on from
     finetune_model/Epoch-<n>/           of sfft, one after each epoch
     finetune_model/final/               the trained model
-    logging/                            metrics.jsonl, train.log, report.html, TensorBoard's event files
+    logging/                            metrics.jsonl, train.log, report.html, bad_rows.jsonl, TensorBoard's files
+
+With ranks on several machines it must lie where all of them reach it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+import secrets
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from runtime.errors import UserError
+from runtime.training.plan import TrainingPlan, Way
+
+_NAME = re.compile(r"[\w][\w.\-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What was asked for.
+
+    Attributes:
+        name: of the job; several may have the same.
+        base: the model it starts from, as it was said; '' = a new one.
+        output_table: table that is to tell of the trained model; '' = none.
+    """
+
+    plan: TrainingPlan
+    name: str = ""
+    base: str = ""
+    output_table: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +85,52 @@ class JobFolder:
         return self.path / "logging"
 
     @property
+    def log(self) -> Path:
+        """What the job's processes printed."""
+        return self.logging / "train.log"
+
+    @property
+    def report(self) -> Path:
+        """The page with the curves."""
+        return self.logging / "report.html"
+
+    @property
+    def bad_rows(self) -> Path:
+        """Numbers and causes of the rows that could not be used; there when there are any."""
+        return self.logging / "bad_rows.jsonl"
+
+    @property
     def cancelled(self) -> bool:
         """Whether somebody has asked the job to stop."""
         return (self.path / "cancel").exists()
+
+    def cancel(self) -> None:
+        """Ask the job to stop after its present step."""
+        (self.path / "cancel").touch()
+
+    def uncancel(self) -> None:
+        """Take `cancel` back."""
+        (self.path / "cancel").unlink(missing_ok=True)
+
+    def request(self) -> JobRequest:
+        """What request.json says.
+
+        Raises:
+            UserError: job_unreadable.
+        """
+        try:
+            said = json.loads((self.path / "request.json").read_text(encoding="utf-8"))
+            return JobRequest(**{**said, "plan": TrainingPlan(**said["plan"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f'The request of the job "{self.id}" cannot be read: {type(error).__name__}.',
+                code="job_unreadable",
+                hint=f"Look at {self.path / 'request.json'}, or start the training anew.",
+            ) from None
+
+    def ask(self, request: JobRequest) -> None:
+        """Write request.json."""
+        write_json(self.path / "request.json", asdict(request))
 
     def status(self) -> dict[str, Any]:
         """What status.json says; {} before the job began."""
@@ -75,6 +146,62 @@ class JobFolder:
         self.logging.mkdir(parents=True, exist_ok=True)
         with (self.logging / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of metrics.jsonl; without one that is not whole, as when the job was killed or writes it now."""
+        file = self.logging / "metrics.jsonl"
+        if not file.exists():
+            return
+        with file.open(encoding="utf-8") as stream:
+            for line in stream:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+
+    def log_lines(self, last: int) -> list[str]:
+        """The last lines of train.log."""
+        if not self.log.exists():
+            return []
+        with self.log.open(encoding="utf-8", errors="replace") as stream:
+            return [line.rstrip("\n") for line in deque(stream, maxlen=last)]
+
+    def take_output(self) -> None:
+        """From now on, what this process and its libraries print goes to train.log."""
+        self.logging.mkdir(parents=True, exist_ok=True)
+        log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+
+
+def new_folder(root: Path, way: Way, name: str) -> JobFolder:
+    """Make the folder of a new job under `root`.
+
+    Args:
+        name: of the job; '' = its way and the time.
+
+    Raises:
+        UserError: option_value: a name that cannot be one; job_folder: `root` cannot be written.
+    """
+    if name and not _NAME.fullmatch(name):
+        raise UserError(
+            f'name "{name[:80]}" is no name for a job.',
+            code="option_value",
+            hint="Use letters, digits, dots, dashes and underscores; at most 100.",
+        )
+    stem = name or f"{way}-{datetime.now(UTC).astimezone():%Y%m%d-%H-%M-%S}"
+    folder = JobFolder(root / f"{stem}-{secrets.token_hex(4)}")
+    try:
+        for part in (folder.data, folder.models, folder.logging):
+            part.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f'The folder "{folder.path}" cannot be made: {error.strerror}.',
+            code="job_folder",
+            hint='Choose another place: AND localPathPrefix="/path/to/jobs".',
+        ) from None
+    return folder
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

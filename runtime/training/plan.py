@@ -18,8 +18,8 @@ class TrainingPlan:
 
     Attributes:
         folder: the job's folder, see `runtime.training.folder`; every rank can reach it.
-        model: folder of the checkpoint that gives architecture, tokenizer and weights; '' = the architecture comes from
-            the parameters alone.
+        model: folder of the checkpoint that gives architecture, tokenizer and weights; '' = the parameters alone give
+            the architecture.
         weights: folder or URL of other weights to start from; '' = the model's own.
         adapter: folder of LoRA weights to go on from; '' = none.
         prompt_format: JSON object of the prompt format; '' = the tokenizer's chat template.

@@ -176,7 +176,7 @@ def test_statements_before_an_error_are_done(db):
     """A script stops at its first error; what came before it stays."""
     with pytest.raises(duckdb.Error):
         db.execute("CREATE TABLE t (i INT); SELECT * FROM nope; CREATE TABLE u (i INT)")
-    assert db.execute("SHOW TABLES").fetchall() == [("llm_calls",), ("llm_errors",), ("llm_results",), ("t",)]
+    assert [name for (name,) in db.execute("SHOW TABLES").fetchall() if not name.startswith("llm_")] == ["t"]
 
 
 def test_an_unread_result_blocks_nothing(db):

@@ -423,3 +423,10 @@ def test_usage_counts_what_was_done(con, deploy, checkpoints):
     con.execute("SELECT emb('t' || i) FROM range(10) t(i)").fetchall()
     used = con.execute("!llm usage").df()[["model", "rows", "calls", "reused", "errors"]].values.tolist()
     assert used == [["emb", 100, 10, 90, 0], ["emb", 10, 0, 10, 0]]
+
+
+def test_a_variable_that_is_set_by_a_query_leaves_the_connection_free(con, deploy, checkpoints):
+    """SET … type="sql" reads its query to the end: a model can be deployed right after it."""
+    con.execute('SET first="SELECT i FROM range(5000) r(i) ORDER BY i" WHERE type="sql"')
+    deploy(checkpoints["chat"], "after_set")
+    assert con.execute("SELECT after_set('x', max_tokens := 1) IS NOT NULL, '${first}'").fetchall() == [(True, "0")]

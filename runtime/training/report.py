@@ -1,0 +1,124 @@
+"""The page of a job: its curves and figures in one file that needs nothing else.
+
+Alone because it only reads the job's folder; it is drawn when the job has ended, however it has.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from typing import Any
+
+from runtime.training.folder import JobFolder
+
+MAX_POINTS = 2_000  # of a curve; more cannot be told apart
+SHOWN_ROWS = 200  # of the table of metrics
+COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s", "seconds")
+"""What metrics.jsonl tells of a step; a line has some of them."""
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child { text-align: left }
+svg { max-width: 100%; height: auto }
+"""
+
+
+def write_report(folder: JobFolder) -> None:
+    """Write logging/report.html; nothing when the job has no metrics yet."""
+    metrics = list(folder.metrics())
+    if not metrics:
+        return
+    parts = [
+        f"<h1>{escape(folder.id)}</h1>",
+        _table(("", ""), _figures(folder)),
+        *(_curve(metrics, names, title) for names, title in _CURVES),
+        "<h2>Steps</h2>",
+        _table(COLUMNS, ([line.get(name) for name in COLUMNS] for line in _thinned(metrics, SHOWN_ROWS))),
+    ]
+    head = f'<meta charset="utf-8"><title>{escape(folder.id)}</title><style>{_STYLE}</style>'
+    unfinished = folder.report.with_suffix(".tmp")
+    unfinished.write_text(f"<!doctype html>\n{head}\n" + "\n".join(filter(None, parts)), encoding="utf-8")
+    os.replace(unfinished, folder.report)
+
+
+_CURVES = (
+    (("loss", "eval_loss"), "Loss"),
+    (("learning_rate",), "Learning rate"),
+    (("tokens_per_s",), "Tokens per second"),
+)
+
+
+def _figures(folder: JobFolder) -> list[tuple[str, Any]]:
+    """What the status says, and the parameters that were given."""
+    said, plan = folder.status(), folder.request().plan
+    started = said.get("started")
+    figures = {
+        "way": plan.way,
+        "ranks": plan.ranks,
+        "started": f"{datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M:%S} UTC" if started else None,
+        **{name: said.get(name) for name in FIGURES},
+        **plan.parameters,
+    }
+    return [(name, value) for name, value in figures.items() if value is not None]
+
+
+FIGURES = ("rows", "bad_rows", "truncated", "step", "steps", "epoch", "loss", "eval_loss", "tokens")
+"""What status.json tells of the training."""
+
+
+def _curve(metrics: Sequence[Mapping[str, Any]], names: Sequence[str], title: str) -> str:
+    """One plot as inline SVG; '' when there is nothing to draw."""
+    lines = {name: [(line["step"], line[name]) for line in metrics if _drawn(line, name)] for name in names}
+    lines = {name: _thinned(points, MAX_POINTS) for name, points in lines.items() if points}
+    if not lines:
+        return ""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="step")
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 50 else None)
+    axes.grid(alpha=0.3)
+    if len(names) > 1:
+        axes.legend()
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    svg = drawn.getvalue()
+    return f"<h2>{title}</h2>\n{svg[svg.index('<svg') :]}"  # without the head of a file of its own
+
+
+def _drawn(line: Mapping[str, Any], name: str) -> bool:
+    value = line.get(name)
+    return isinstance(value, int | float) and math.isfinite(value) and "step" in line
+
+
+def _thinned(points: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the points, evenly chosen; the last one always."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "\n".join("<tr>" + "".join(f"<td>{_shown(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>\n<tr>{top}</tr>\n{body}\n</table>"
+
+
+def _shown(cell: Any) -> str:
+    match cell:
+        case None:
+            return ""
+        case bool():
+            return str(cell).lower()
+        case float():
+            return f"{cell:,.6g}"
+        case int():
+            return f"{cell:,}"
+    return escape(str(cell))

@@ -1,0 +1,81 @@
+"""Ranks without a cluster: processes that train one plan after the other, started as torchrun would start them.
+
+One start for many plans, because importing torch, transformers and DeepSpeed takes far longer than these trainings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from runtime.training.folder import JobFolder
+from runtime.training.plan import TrainingPlan
+
+
+def job(path: Path, rows: Iterable[str], *, parts: Sequence[Iterable[str]] = (), **plan: Any) -> TrainingPlan:
+    """A plan whose folder holds these texts; with `parts`, one part of the table for each rank."""
+    folder = JobFolder(path)
+    for part in (folder.data, folder.models, folder.logging):
+        part.mkdir(parents=True)
+    for number, texts in enumerate(parts or [rows]):
+        name = f"data-{number:05}-of-{len(parts):05}.jsonl" if parts else "data.jsonl"
+        (folder.data / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return TrainingPlan(str(path), "sfft", partitions=len(parts), **plan)
+
+
+def train(plans: Sequence[TrainingPlan], ranks: int) -> list[str]:
+    """Train each plan in as many processes; what each ended with: '' or the error's code."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    asked = json.dumps([asdict(plan) for plan in plans])
+    processes = [_started(rank, ranks, port, asked) for rank in range(ranks)]
+    said = [process.communicate()[0] for process in processes]
+    assert not any(process.returncode for process in processes), said[0][-3000:]
+    ended: list[str] = json.loads(said[0].splitlines()[-1])
+    return ended
+
+
+def _started(rank: int, ranks: int, port: int, asked: str) -> subprocess.Popen[str]:
+    """A process that is one of several ranks, or one that does not know that it is the only one."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    group = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    return subprocess.Popen(
+        [sys.executable, __file__, asked],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(group if ranks > 1 else {})},
+    )
+
+
+def _rank() -> None:
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from runtime.errors import SqlextError
+    from runtime.training import loop
+
+    plans = [TrainingPlan(**plan) for plan in json.loads(sys.argv[1])]
+    ended = []
+    for plan in plans:
+        AcceleratorState._reset_state(reset_partial_state=True)  # a rank of a job trains once
+        unset_hf_deepspeed_config()
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]
+        try:
+            loop.train(plan)
+            ended.append("")
+        except SqlextError as error:
+            ended.append(error.code)
+    print(f"\n{json.dumps(ended)}", flush=True)
+
+
+if __name__ == "__main__":
+    _rank()

@@ -1,0 +1,204 @@
+"""Several ranks on the cluster: the same weights as one, another start when one dies, and nothing left behind."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import psutil
+import pytest
+import ranks
+
+from runtime import cluster
+from runtime.cluster.training import release, train_on_ranks
+from runtime.errors import Cancelled, Fatal, SqlextError
+from runtime.training import loop
+from runtime.training.folder import JobFolder
+from runtime.training.plan import TrainingPlan
+
+TEXTS = [f"the quick brown fox {n} jumps over {n * 7 % 13} lazy dogs" for n in range(32)]
+PARAMETERS = {
+    "num_train_epochs": 2.0,
+    "max_seq_length": 64,
+    "packing": False,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+}
+LONG = {**PARAMETERS, "num_train_epochs": 20.0, "save_steps": 10}
+PARTS = (TEXTS[:20], TEXTS[20:])
+PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(models.language_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model: str) -> dict[str, Path]:
+    """Folders of finetune_model, without a cluster: by one rank, and by two with FSDP and from a table in parts."""
+    root = tmp_path_factory.mktemp("jobs")
+
+    def job(name: str, **more: Any) -> TrainingPlan:
+        said = {"rows": TEXTS, "model": model, "parameters": PARAMETERS, "ranks": 2, **more}
+        return ranks.job(root / name, **said)
+
+    loop.train(job("single", ranks=1, parameters={**PARAMETERS, "per_device_train_batch_size": 4}))
+    fsdp = {**PARAMETERS, "strategy": "fsdp"}
+    begun = job("resumed", parameters={**fsdp, "max_steps": 8})
+    rest = TrainingPlan(begun.folder, "sfft", model, parameters=fsdp, ranks=2)
+    parts = job("parts", rows=(), parts=PARTS)
+    plans = [job("ddp"), job("long", parameters=LONG), parts, job("fsdp", parameters=fsdp), begun, rest]
+    assert ranks.train(plans, 2) == [""] * len(plans)
+    return {folder.name: folder / "finetune_model" for folder in root.iterdir()}
+
+
+@pytest.fixture
+def cleaned(ray_cluster: cluster.ClusterInfo) -> Iterator[None]:
+    """The test leaves as many processes and as much reserved as it found."""
+    before, free = _actors(), cluster.free().available
+    yield
+    _wait_until(lambda: not _actors().keys() - before.keys())
+    _wait_until(lambda: cluster.free().available["CPU"] >= free["CPU"])
+
+
+def _actors() -> dict[str, tuple[str, int]]:
+    """Class and process of every living actor, without the one that Ray keeps for each cluster that has seen a training."""
+    state = importlib.import_module("ray._private.state")
+    alive = [(name, actor) for name, actor in state.actors().items() if actor["State"] != "DEAD"]
+    found = {name: (actor["ActorClassName"], actor["Pid"]) for name, actor in alive}
+    return {name: actor for name, actor in found.items() if actor[0] != "_AutoscalingCoordinatorActor"}
+
+
+def _rank_pids() -> list[int]:
+    return [pid for kind, pid in _actors().values() if kind == "RayTrainWorker"]
+
+
+def _wait_until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, _actors()
+        time.sleep(0.02)
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def _require_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    import torch
+
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+class Running:
+    """A training in a thread, as in the process of a job."""
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        self.error: SqlextError | None = None
+        self._thread = threading.Thread(target=self._run, args=(plan,))
+        self._thread.start()
+
+    def _run(self, plan: TrainingPlan) -> None:
+        try:
+            train_on_ranks(plan)
+        except SqlextError as error:
+            self.error = error
+
+    def end(self) -> SqlextError | None:
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive()
+        return self.error
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed"])
+def test_two_ranks_train_what_one_trains(trained: dict[str, Path], name: str) -> None:
+    """With half the batch each, in a whole checkpoint; also when FSDP goes on from a checkpoint."""
+    _require_equal(_weights(trained[name] / "final"), _weights(trained["single"] / "final"))
+
+
+def test_an_epoch_of_fsdp_is_a_sharded_checkpoint(trained: dict[str, Path], tmp_path: Path) -> None:
+    """Each rank has written its part, and torch reads them as one."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    folder = trained["fsdp"] / "Epoch-2"
+    assert len(list(folder.glob("*.distcp"))) == 2
+    dcp_to_torch_save(folder, tmp_path / "whole.pt")
+    _require_equal(torch.load(tmp_path / "whole.pt", weights_only=True), _weights(trained["fsdp"] / "final"))
+
+
+def test_each_rank_reads_its_part_of_the_table(trained: dict[str, Path]) -> None:
+    """The shorter part begins again, so that both ranks take as many steps: no row is left out."""
+    status = JobFolder(trained["parts"].parent).status()
+    longest = max(len(part) for part in PARTS)
+    assert status["steps"] == 2 * longest // PARAMETERS["per_device_train_batch_size"]
+
+
+@pytest.mark.usefixtures("cleaned")
+def test_a_rank_that_dies_costs_no_result(
+    trained: dict[str, Path], model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All ranks start again from the newest checkpoint, and end with the weights of a run without a death."""
+    plan = ranks.job(tmp_path / "job", TEXTS, model=model, parameters=LONG, ranks=2)
+    folder = JobFolder(Path(plan.folder))
+    running = Running(plan)
+    _wait_until(lambda: list(folder.models.glob("checkpoint-*")))
+    os.kill(_rank_pids()[-1], signal.SIGKILL)
+    assert running.end() is None
+    assert re.search(r"start again from step [1-9]", caplog.text)
+    _require_equal(_weights(folder.final), _weights(trained["long"] / "final"))
+    assert folder.status()["placement_group"] is None
+
+
+@pytest.mark.usefixtures("cleaned")
+def test_a_cancelled_training_ends_and_leaves_nothing(model: str, tmp_path: Path) -> None:
+    """Also Ray Train's own processes and files are gone; the checkpoints stay."""
+    plan = ranks.job(tmp_path / "job", TEXTS, model=model, parameters={**LONG, "num_train_epochs": 1e6}, ranks=2)
+    folder = JobFolder(Path(plan.folder))
+    running = Running(plan)
+    _wait_until(lambda: list(folder.models.glob("checkpoint-*")))
+    pids = _rank_pids()
+    folder.cancel()
+    assert isinstance(running.end(), Cancelled)
+    _wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    assert list(folder.models.glob("checkpoint-*"))
+    assert not folder.final.exists()
+    assert not (folder.logging / ".ray").exists()
+
+
+@pytest.mark.usefixtures("cleaned")
+def test_an_error_of_a_rank_is_the_error_of_the_job(model: str, tmp_path: Path) -> None:
+    """Its own words, once: what would fail again is not started again."""
+    parameters = {**PARAMETERS, "learning_rate": 1e30, "max_grad_norm": 0.0}
+    plan = ranks.job(tmp_path / "job", TEXTS, model=model, parameters=parameters, ranks=2)
+    with pytest.raises(Fatal) as caught:
+        train_on_ranks(plan)
+    assert caught.value.code == "training_nan"
+
+
+def test_what_a_killed_job_had_reserved_is_given_back(ray_cluster: cluster.ClusterInfo, tmp_path: Path) -> None:
+    """Its next start would wait for room that it holds itself."""
+    import ray
+
+    group = ray.util.placement_group([{"CPU": 1}])
+    ray.get(group.ready())
+    (tmp_path / "job").mkdir()
+    folder = JobFolder(tmp_path / "job")
+    folder.update(placement_group=group.id.hex())
+    release(folder)
+    _wait_until(lambda: ray.util.placement_group_table(group)["state"] == "REMOVED")
+    release(folder)  # once more changes nothing
