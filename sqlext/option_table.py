@@ -65,13 +65,27 @@ class Action:
 
 ACTIONS = (
     Action("infer", "Deploy a model on Ray workers and register it as SQL functions.", available=True),
-    Action("finetune", "Train: sft/… LoRA, QLoRA or full SFT; sfft/… full-parameter training or pretraining.", available=True),
-    Action("convert", "Convert a checkpoint: ZeRO or FSDP to Hugging Face, safetensors or bin, dtype, GGUF.", available=True),
+    Action(
+        "finetune",
+        "Train: sft/… LoRA, QLoRA or full SFT; sfft/… full-parameter training or pretraining.",
+        available=True,
+    ),
+    Action(
+        "convert",
+        "Convert a checkpoint: ZeRO or FSDP to Hugging Face, safetensors or bin, dtype, GGUF.",
+        available=True,
+    ),
     Action("merge", "Merge a LoRA adapter and its base into one model.", available=True),
     Action("benchmark", "Load test of a deployed function or an HTTP endpoint."),
-    Action("inspect", "What a checkpoint is, which engines can run it here, and the memory each needs.", available=True),
+    Action(
+        "inspect", "What a checkpoint is, which engines can run it here, and the memory each needs.", available=True
+    ),
     Action("render", "What a table of messages becomes under a chat template or prompt_format.", available=True),
-    Action("import", "Copy a checkpoint into the model store: checked, retried, resumable, several at once.", available=True),
+    Action(
+        "import",
+        "Copy a checkpoint into the model store: checked, retried, resumable, several at once.",
+        available=True,
+    ),
     Action("bundle", "Several deployed models behind one function name, with routing."),
     Action("serve", "An OpenAI-compatible endpoint over deployed models."),
 )

@@ -44,7 +44,7 @@ def largest_difference(first: Callable[[], Any], second: Callable[[], Any], fold
         raise UserError(
             f"The result is there, but its logits could not be compared: {type(error).__name__}: {cause}",
             code="check_failed",
-            hint="Leave check out: only models that the installed transformers loads, with a tokenizer, are compared.",
+            hint="Leave check out: only models that the installed transformers loads, with a tokenizer, compare.",
         ) from None
     return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
 

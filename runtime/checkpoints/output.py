@@ -220,6 +220,7 @@ def write_weights(folder: Path, shards: Shards, suffix: str, wrote: Wrote) -> No
     names = {old: f"{stem}{suffix}" if len(shards) == 1 else f"{_renamed(old, stem)}{suffix}" for old in shards}
     for old, tensors in shards.items():
         write(folder / names[old], tensors, wrote)
+        _sync(folder / names[old])  # now, not at the end: a pile of unwritten pages slows all writing down
     if len(shards) > 1:
         total = sum(tensor.bytes for tensors in shards.values() for tensor in tensors.values())
         index = {

@@ -37,7 +37,8 @@ def train(plans: Sequence[TrainingPlan], ranks: int) -> list[str]:
     asked = json.dumps([asdict(plan) for plan in plans])
     processes = [_started(rank, ranks, port, asked) for rank in range(ranks)]
     said = [process.communicate()[0] for process in processes]
-    assert not any(process.returncode for process in processes), said[0][-3000:]
+    for process, printed in zip(processes, said, strict=True):
+        assert process.returncode == 0, f"{process.returncode}: {printed[-3000:]}"
     ended: list[str] = json.loads(said[0].splitlines()[-1])
     return ended
 
@@ -57,6 +58,7 @@ def _started(rank: int, ranks: int, port: int, asked: str) -> subprocess.Popen[s
 
 def _rank() -> None:
     from accelerate.state import AcceleratorState
+    from torch import distributed
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from runtime.errors import SqlextError
@@ -74,6 +76,9 @@ def _rank() -> None:
             ended.append("")
         except SqlextError as error:
             ended.append(error.code)
+    if distributed.is_initialized():
+        distributed.barrier()  # rank 0 keeps what the others need to leave in peace
+        distributed.destroy_process_group()
     print(f"\n{json.dumps(ended)}", flush=True)
 
 

@@ -18,8 +18,9 @@ import pytest
 import ranks
 
 from runtime import cluster
+from runtime.cluster import training
 from runtime.cluster.training import release, train_on_ranks
-from runtime.errors import Cancelled, Fatal, SqlextError
+from runtime.errors import Cancelled, Fatal, SqlextError, WorkerLost
 from runtime.training import loop
 from runtime.training.folder import JobFolder
 from runtime.training.plan import TrainingPlan
@@ -188,6 +189,37 @@ def test_an_error_of_a_rank_is_the_error_of_the_job(model: str, tmp_path: Path) 
     with pytest.raises(Fatal) as caught:
         train_on_ranks(plan)
     assert caught.value.code == "training_nan"
+
+
+def test_a_training_that_waits_for_room_can_be_cancelled(ray_cluster: cluster.ClusterInfo, tmp_path: Path) -> None:
+    """It is queued until all its ranks fit at once."""
+    plan = ranks.job(tmp_path / "job", TEXTS, model="", ranks=2, cpus_per_rank=1000.0)
+    folder = JobFolder(Path(plan.folder))
+    running = Running(plan)
+    _wait_until(lambda: folder.status().get("state") == "queued")
+    folder.cancel()
+    assert isinstance(running.end(), Cancelled)
+
+
+def test_ranks_that_die_again_and_again_end_the_job(
+    ray_cluster: cluster.ClusterInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After three starts without a new checkpoint; a start that came to one counts as the first."""
+    plan = ranks.job(tmp_path / "job", TEXTS, model="", ranks=2)
+    folder, starts = JobFolder(Path(plan.folder)), 0
+
+    def die(*_: object) -> None:
+        nonlocal starts
+        starts += 1
+        if starts == 2:
+            (folder.models / "checkpoint-7").mkdir()
+            (folder.models / "checkpoint-7" / "trainer_state.json").touch()
+        raise WorkerLost("The process of rank 1 ended.")
+
+    monkeypatch.setattr(training, "_start_ranks", die)
+    with pytest.raises(Fatal, match="the last one is of step 7") as caught:
+        train_on_ranks(plan)
+    assert (caught.value.code, starts) == ("rank_lost", 4)
 
 
 def test_what_a_killed_job_had_reserved_is_given_back(ray_cluster: cluster.ClusterInfo, tmp_path: Path) -> None:
