@@ -130,19 +130,18 @@ def main() -> None:
             "bin to safetensors": lambda: both(root, small, convert, "bin", to="safetensors", allow_pickle=True),
             "merge": lambda: both(root, small, merge, "model"),
         }
-        copied = 0.0
-        for name, work in works.items():
-            rounds = []
-            for _ in range(asked.rounds):
-                rounds.append(work())
-                moved = size(model) + size(root / "out")
+        rounds: dict[str, list[tuple[float, int]]] = {name: [] for name in works}
+        moved = {}
+        for _ in range(asked.rounds):  # each in turn: what else the machine does changes with time
+            for name, work in works.items():
+                rounds[name].append(work())
+                moved[name] = size(model) + size(root / "out")
                 shutil.rmtree(root / "out")
-            seconds = min(seconds for seconds, _ in rounds)
-            speed = moved / seconds / 1e9
-            copied = copied or speed
+        speeds = {name: moved[name] / min(seconds for seconds, _ in rounds[name]) / 1e9 for name in works}
+        for name, speed in speeds.items():
             print(
-                f"{name:<20}{seconds:6.2f} s {speed:6.2f} GB/s read and written, {speed / copied:5.2f} of the copy, "
-                f"peak {max(peak for _, peak in rounds):,} MB"
+                f"{name:<20}{speed:6.2f} GB/s read and written, {speed / speeds['copy']:5.2f} of the copy, "
+                f"peak {max(peak for _, peak in rounds[name]):,} MB"
             )
 
 

@@ -34,7 +34,6 @@ LOG = logging.getLogger("sqlext.training")
 MAX_LOST = 3  # starts in a row that lose a rank before they come to a new checkpoint
 END_S = 20.0  # for a rank to come to the end of its step when the job is cancelled
 POLL_S = 0.2
-PEER_TIMEOUT_S = 6 * 3600  # ranks wait for one that writes a large checkpoint; one that died is noticed at once
 
 _RAY_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
@@ -153,7 +152,7 @@ def _fit(plan: TrainingPlan, storage: Path) -> None:
     trainer = _trainer()(
         _rank,
         train_loop_config={"plan": plan},
-        torch_config=TorchConfig(timeout_s=PEER_TIMEOUT_S),
+        torch_config=TorchConfig(timeout_s=loop.PEER_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=plan.ranks, use_gpu=plan.gpus_per_rank > 0, resources_per_worker=demand(_pool(plan))
         ),

@@ -41,7 +41,8 @@ class Data:
     Attributes:
         parts: one for each rank when the table has partitions, else one for all.
         valid: what to evaluate on.
-        counts: 'rows', 'bad_rows', 'truncated', … of the training rows, for the job's status.
+        counts: 'rows', 'bad_rows', 'truncated', … of the training rows, for the job's status; 'repeated': sequences
+            of shorter partitions that are trained on again in each epoch.
         conversations: rows are conversations, not plain texts.
     """
 
@@ -69,11 +70,17 @@ def prepared(
         _list_bad_rows(folder, {name: Prepared.read(tokens / name) for name in sources})
     for name in sources:
         wait_for(tokens / name, folder)
-    found = [Prepared.read(tokens / name) for name in sources if name != VALID]
+    names = [name for name in sources if name != VALID]
+    found = [Prepared.read(tokens / name) for name in names]
+    counts = {name: sum(getattr(each, name) for each in found) for name in COUNTS}
+    if len(names) > 1:  # ranks take equally many steps, so that shorter partitions begin again
+        batch = parameters["per_device_train_batch_size"]
+        longest = -(-max(each.sequences for each in found) // batch) * batch
+        counts["repeated"] = sum(longest - each.sequences for each in found)
     return Data(
-        parts=tuple(TokenFile(tokens / name) for name in sources if name != VALID),
+        parts=tuple(TokenFile(tokens / name) for name in names),
         valid=TokenFile(tokens / VALID) if VALID in sources else None,
-        counts={name: sum(getattr(each, name) for each in found) for name in COUNTS},
+        counts=counts,
         conversations=found[0].form != "text",
     )
 

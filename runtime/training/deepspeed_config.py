@@ -168,8 +168,8 @@ def read_config(text: str) -> dict[str, Any]:
         raise UserError("deepspeedConfig is no JSON object.", code="deepspeed_json", hint='Begin it with "{".')
     _check_names(config)
     for place, (fits, wanted) in _CHECKS.items():
-        value = _at(config, place)
-        if value is not None and value != AUTO and not fits(value):
+        value = _at(config, place, AUTO)
+        if value != AUTO and not fits(value):
             raise _wrong(place, f"must be {wanted}")
     if config.get("optimizer") is not None and not _at(config, "optimizer.type"):
         raise _wrong("optimizer", "has no type", 'For example "type": "AdamW".')
@@ -200,9 +200,7 @@ def settle(
             config[monitor].setdefault("job_name", "deepspeed")
     config.setdefault("gradient_clipping", AUTO)
     zero = config.setdefault("zero_optimization", {})
-    if (
-        zero.get("stage") == 3
-    ):  # the trained model is written whole; and without, Trainer writes each checkpoint twice
+    if zero.setdefault("stage", 0) == 3:  # the model is written whole; Trainer would write each checkpoint twice
         zero.pop("stage3_gather_fp16_weights_on_model_save", None)
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     if str(_at(config, "optimizer.type") or "").lower() in _ADAM:
@@ -290,13 +288,13 @@ def _check_names(config: Mapping[str, Any]) -> None:
             )
 
 
-def _at(config: Mapping[str, Any], place: str) -> Any:
-    """The value at a dotted place, or None."""
+def _at(config: Mapping[str, Any], place: str, otherwise: Any = None) -> Any:
+    """The value at a dotted place, or `otherwise` when there is none."""
     found: Any = config
     for name in place.split("."):
-        if not isinstance(found, dict):
-            return None
-        found = found.get(name)
+        if not isinstance(found, dict) or name not in found:
+            return otherwise
+        found = found[name]
     return found
 
 

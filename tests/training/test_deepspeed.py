@@ -32,6 +32,16 @@ DOCUMENT = Path(__file__).parents[1] / "language" / "byzer.sql"
 PRETRAIN = DOCUMENT.read_text(encoding="utf-8").partition("ds_config='''")[2].partition("'''")[0]
 """What the Byzer-LLM document pretrains with."""
 
+SCHEDULED = {
+    "train_batch_size": 8,
+    "optimizer": {"type": "Adam", "params": {"lr": 3e-4}},
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {"total_num_steps": 1000, "warmup_num_steps": 100, "warmup_max_lr": 1e-3, "warmup_type": "linear"},
+    },
+}
+"""Steps and rates that are not those of the job: as people take such a file from one training to the next."""
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -46,10 +56,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     plans = [job("ddp"), *(job(f"zero{stage}", _zero(stage)) for stage in (1, 2, 3))]
     begun = job("resumed", _zero(2), max_steps=STEPS)
     rest = TrainingPlan(begun.folder, "sfft", model, parameters=PARAMETERS, deepspeed=_zero(2), ranks=2)
-    document = ranks.job(root / "document", TEXTS, model=model, deepspeed=PRETRAIN, ranks=2)
+    short = {name: PARAMETERS[name] for name in ("max_seq_length", "packing", "num_train_epochs")}
+    said = {"model": model, "parameters": short, "ranks": 2}
+    document = ranks.job(root / "document", TEXTS, deepspeed=PRETRAIN, **said)
+    scheduled = ranks.job(root / "scheduled", TEXTS, deepspeed=json.dumps(SCHEDULED), **said)
     wrong = job("wrong", '{"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}')
-    ended = ranks.train([*plans, begun, rest, document, wrong], 2)
-    assert ended == [""] * 7 + ["deepspeed_config"]
+    ended = ranks.train([*plans, begun, rest, document, scheduled, wrong], 2)
+    assert ended == [""] * 8 + ["deepspeed_config"]
     return {folder.name: folder / "finetune_model" for folder in root.iterdir() if folder.name != "model"}
 
 
@@ -102,6 +115,14 @@ def test_the_documents_configuration_trains(trained: dict[str, Path]) -> None:
     assert list(logging.glob("deepspeed/**/events.out.*"))
 
 
+def test_a_scheduler_of_the_configuration_is_used(trained: dict[str, Path]) -> None:
+    """Though its steps are not those of the job, which Trainer by itself would refuse."""
+    lines = (trained["scheduled"].parent / "logging" / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["learning_rate"] for line in lines]
+    assert rates == sorted(rates)
+    assert 0 < rates[-1] < 1e-4  # on its way to 1e-3 in 100 steps
+
+
 def test_one_rank_alone_trains_with_deepspeed(tmp_path: Path) -> None:
     """As on one GPU that is too small without; no environment of a group is needed."""
     model = str(models.language_model(tmp_path / "model"))
@@ -127,6 +148,7 @@ def test_one_rank_alone_trains_with_deepspeed(tmp_path: Path) -> None:
         ('{"zero_optimization": {"stge": 3}}', 'Did you mean "stage"?'),
         ('{"zero_optimization": {"no_such_thing": 3}}', "zero_optimization.no_such_thing is unknown"),
         ('{"zero_optimization": 3}', "zero_optimization must be an object"),
+        ('{"optimizer": null}', "optimizer must be an object"),
         ('{"train_micro_batch_size_per_gpu": 0}', "must be a whole number from 1"),
         ('{"train_batch_size": 1e999}', "must be a whole number from 1"),
         ('{"gradient_clipping": NaN}', "must be a number from 0"),
