@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -46,6 +47,8 @@ _RAY_TRAIN = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay what they are
 }
 _BROKEN_PEER = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_CAUSE = re.compile(r"[\w.]*(Error|Exception)\b")
 _LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 _COORDINATOR = "AutoscalingCoordinator"  # name and namespace of an actor that Ray Train leaves on the cluster
 
@@ -202,9 +205,8 @@ def _cause(error: Exception) -> SqlextError:
     if raised:
         return raised[0]
     if not failures:
-        said = str(getattr(error, "controller_failure", error)).strip()
         return Fatal(
-            f"The ranks did not start: {said.splitlines()[0][:300] if said else type(error).__name__}",
+            f"The ranks did not start: {_last_words(getattr(error, 'controller_failure', error))}",
             code="ranks_start",
             hint="On a cluster, the same version of this package must be installed on every machine.",
         )
@@ -212,6 +214,14 @@ def _cause(error: Exception) -> SqlextError:
     if gone:
         return WorkerLost(f"The process of rank {gone[0]} ended.", code="rank_lost")
     return ours[0]
+
+
+def _last_words(error: object) -> str:
+    """What an error of Ray's says after the traces of other processes in it, without their colours."""
+    lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if _CAUSE.match(line)), lines[-1] if lines else "no reason given")[
+        :300
+    ]
 
 
 def _given_up(error: WorkerLost, step: int) -> Fatal:
