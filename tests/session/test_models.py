@@ -213,11 +213,10 @@ def test_what_cannot_be_placed_or_is_misspelt_is_said_at_once(con, deploy, check
             "embed|generat",
         ),
         ('RUN command AS LLM.`{path}` WHERE action="inferr" AND udfName="m"', "infer"),
-        ('RUN command AS LLM.`{path}` WHERE action="merge"', "not available"),
+        ('RUN command AS LLM.`{path}` WHERE action="serve"', "not available"),
         ('RUN command AS LLM.`{path}` WHERE action="infer" AND udfNam="m"', "udfName"),
         ('RUN command AS LLM.`` WHERE action="infer" AND udfName="nobody" AND reconnect="true"', "No model"),
         ("EXPLAIN LLM DROP TABLE t", "no query"),
-        ("!llm jobs", "not available"),
         ("!llm modles", "models"),
     ],
 )
