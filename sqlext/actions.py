@@ -116,6 +116,12 @@ def _run(statement: Run, connection: Connection) -> pa.Table:
     options.require_available(statement.options, known.name)
     for notice in said.notices:
         connection.session.notify(notice)
+    if known.name not in _TAKE_TABLES and statement.input_table.lower() != "command":
+        raise UserError(
+            f"{known.name} takes no table, and {statement.input_table} would not be read.",
+            code="input_table",
+            hint="Write RUN command AS LLM.",
+        )
     table = carry(statement, said, connection)
     if statement.result:
         sources.keep(connection.raw, statement.result, table)
@@ -123,13 +129,6 @@ def _run(statement: Run, connection: Connection) -> pa.Table:
 
 
 def _infer(statement: Run, said: options.Resolved, connection: Connection) -> pa.Table:
-    if statement.input_table.lower() != "command":
-        raise UserError(
-            f"infer takes no table, and {statement.input_table} would not be read.",
-            code="input_table",
-            hint="Write RUN command AS LLM.",
-        )
-
     def progress(event: cluster.DeployProgress) -> None:
         connection.check_stopped()
         connection.session.on_deploy(event)
@@ -153,6 +152,8 @@ _ACTIONS: dict[str, Callable[[Run, options.Resolved, Connection], pa.Table]] = {
     "import": import_checkpoints,
 }
 """What each action of ``RUN … AS LLM.`` does with its statement and its checked options."""
+
+_TAKE_TABLES = ("finetune", "render")
 
 
 def _llm(statement: Llm, connection: Connection) -> pa.Table:

@@ -79,12 +79,6 @@ def merge(run: Run, said: Resolved, connection: Connection) -> pa.Table:
 
 
 def _values(run: Run, said: Resolved, action: str) -> dict[str, Any]:
-    if run.input_table.lower() != "command":
-        raise UserError(
-            f"{action} takes no table, and {run.input_table} would not be read.",
-            code="input_table",
-            hint="Write RUN command AS LLM.",
-        )
     kind = _text(said.values, "pretrainedModelType").partition("/")[0].lower()
     if kind and kind not in _KINDS:
         near = did_you_mean(kind, _KINDS)

@@ -30,12 +30,6 @@ def import_checkpoints(run: Run, said: Resolved, connection: Connection) -> pa.T
         UserError: the statement or its config is wrong, or the store cannot be reached.
         Cancelled: the user stopped it; the next import goes on from there.
     """
-    if run.input_table.lower() != "command":
-        raise UserError(
-            f"import takes no table, and {run.input_table} would not be read.",
-            code="input_table",
-            hint="Write RUN command AS LLM.",
-        )
     values: Mapping[str, Any] = {**options.defaults("import"), **said.values}
     store = ModelStore(str(values["store"] or ""))
     wanted = _wanted(run, values, store, connection)

@@ -23,12 +23,6 @@ def inspect(run: Run, said: Resolved, _: Connection) -> pa.Table:
     Raises:
         UserError: no path, or what is wrong with the folder.
     """
-    if run.input_table.lower() != "command":
-        raise UserError(
-            f"inspect takes no table, and {run.input_table} would not be read.",
-            code="input_table",
-            hint="Write RUN command AS LLM.",
-        )
     path = str(said.values.get("localModelDir") or run.path)
     found = profile(path, hashes=bool(said.values.get("hashes")))
     engines = suitable(found, cluster.machines(), _base(found))

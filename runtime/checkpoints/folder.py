@@ -83,6 +83,11 @@ def _in_package(path: str) -> str:
     return os.path.join(next(iter(found.submodule_search_locations)), below)
 
 
+def data_folder() -> Path:
+    """Where what belongs to the user lies unless told otherwise: models, jobs."""
+    return Path(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")) / "sqlext"
+
+
 def check_roots(real: Path) -> None:
     """Refuse a real path outside the folders named in the environment variable SQLEXT_ROOTS, when it is set.
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from runtime.checkpoints.folder import data_folder
 from runtime.checkpoints.locations import (
     PARTIAL,
     PIECE_BYTES,
@@ -226,8 +227,7 @@ def default_location() -> str:
     """Where the user's models lie: $SQLEXT_MODELS, or the user's data folder."""
     if said := os.environ.get(VARIABLE):
         return said
-    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    return str(Path(data) / "sqlext" / "models")
+    return str(data_folder() / "models")
 
 
 def cache_folder() -> Path:

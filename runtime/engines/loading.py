@@ -17,19 +17,10 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from runtime.checkpoints.inspect import Checkpoint
+from runtime.checkpoints.tensors import DTYPES
 from runtime.errors import DeployError, OutOfMemory, SqlextError, UserError, did_you_mean
 from runtime.spec import ModelSpec, Value
 
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float": torch.float32,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-}
 MAX_CAUSE_CHARS = 300
 
 

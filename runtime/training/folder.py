@@ -20,8 +20,10 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -202,6 +204,20 @@ def new_folder(root: Path, way: Way, name: str) -> JobFolder:
             hint='Choose another place: AND localPathPrefix="/path/to/jobs".',
         ) from None
     return folder
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, that takes the place of `out` when the block ends well, and is gone otherwise."""
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

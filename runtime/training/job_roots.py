@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from runtime.checkpoints.folder import data_folder
 from runtime.errors import UserError, did_you_mean
 from runtime.training.folder import JobFolder
 
@@ -20,8 +21,7 @@ def default_root() -> Path:
     """`$SQLEXT_JOBS`, or the user's data folder."""
     if said := os.environ.get(VARIABLE):
         return Path(os.path.realpath(os.path.expanduser(said)))
-    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    return Path(data) / "sqlext" / "jobs"
+    return data_folder() / "jobs"
 
 
 def remember(root: Path) -> None:

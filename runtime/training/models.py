@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from runtime.checkpoints.folder import open_folder, read_object
 from runtime.checkpoints.inspect import TOKENIZERS, Checkpoint, inspect
+from runtime.checkpoints.tensors import DTYPES
 from runtime.checkpoints.weights import check_weights
-from runtime.engines.loading import DTYPES, MAX_CAUSE_CHARS, load_tokenizer, out_of_memory
+from runtime.engines.loading import MAX_CAUSE_CHARS, load_tokenizer, out_of_memory
 from runtime.errors import SqlextError, UserError
 from runtime.spec import Task
 from runtime.training.parameters import of_group, recipe

@@ -6,15 +6,14 @@ apart, and a token for each mark that conversations are written with.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import Cancelled, RowError, UserError
 from runtime.prompts.style import Style
+from runtime.training.folder import whole_folder
 from runtime.training.rows import form_of, lines_of, read_row, row_of
 
 PAD, BOS, EOS = "<pad>", "<s>", "<|end|>"
@@ -128,11 +127,5 @@ def _texts(rows: Sequence[Path], stop: Callable[[], bool]) -> Iterator[str]:
 
 
 def _save(tokenizer: Any, out: Path) -> None:
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with whole_folder(out) as unfinished:
         tokenizer.save_pretrained(unfinished)
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

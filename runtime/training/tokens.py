@@ -7,8 +7,6 @@ sequence. What goes wrong with one row is counted and listed; the others go on.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from runtime.errors import Cancelled, RowError, UserError
 from runtime.prompts.chat import Rendered, render_examples
 from runtime.prompts.encoding import Encoded, Encoder
 from runtime.prompts.style import Style, training_style
-from runtime.training.folder import write_json
+from runtime.training.folder import whole_folder, write_json
 from runtime.training.packing import Blocks, Packed, Sequences, Single
 from runtime.training.rows import Conversation, Form, form_of, lines_of, read_row, row_of
 from runtime.training.token_file import DATA, LOSS, TokenFile, TokenWriter, token_writer
@@ -109,10 +107,7 @@ def prepare(
         Cancelled: `stop` said so; nothing is left.
     """
     work = _Preparation(form_of(rows), tokenizer, training_style(tokenizer, style), max_length)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with whole_folder(out) as unfinished:
         with token_writer(unfinished) as writer:
             work.begin(writer, packing, blocks, window)
             for lines in _batches(rows):
@@ -122,10 +117,6 @@ def prepare(
                 progress(work.told())
             told = work.end()
         write_json(unfinished / DATA, asdict(told))
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return told
 
 

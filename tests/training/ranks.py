@@ -18,6 +18,16 @@ from typing import Any
 from runtime.training.folder import JobFolder
 from runtime.training.plan import TrainingPlan
 
+TEXTS = [f"the quick brown fox {n} jumps over {n * 7 % 13} lazy dogs" for n in range(32)]
+PARAMETERS = {
+    "num_train_epochs": 2.0,
+    "max_seq_length": 64,
+    "packing": False,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+}
+
 
 def job(path: Path, rows: Iterable[str], *, parts: Sequence[Iterable[str]] = (), **plan: Any) -> TrainingPlan:
     """A plan whose folder holds these texts; with `parts`, one part of the table for each rank."""

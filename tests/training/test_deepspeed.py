@@ -11,21 +11,13 @@ from typing import Any
 import models
 import pytest
 import ranks
+from ranks import PARAMETERS, TEXTS
 
 from runtime.errors import UserError
 from runtime.training.deepspeed_config import ZERO, check_deepspeed, settle
 from runtime.training.plan import TrainingPlan
 from runtime.training.strategies import strategy_of
 
-TEXTS = [f"the quick brown fox {n} jumps over {n * 7 % 13} lazy dogs" for n in range(32)]
-PARAMETERS = {
-    "num_train_epochs": 2.0,
-    "max_seq_length": 64,
-    "packing": False,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-}
 STEPS = 8  # of an epoch
 
 DOCUMENT = Path(__file__).parents[1] / "language" / "byzer.sql"

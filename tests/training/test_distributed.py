@@ -16,6 +16,7 @@ import models
 import psutil
 import pytest
 import ranks
+from ranks import PARAMETERS, TEXTS
 
 from runtime import cluster
 from runtime.cluster import training
@@ -25,15 +26,6 @@ from runtime.training import loop
 from runtime.training.folder import JobFolder
 from runtime.training.plan import TrainingPlan
 
-TEXTS = [f"the quick brown fox {n} jumps over {n * 7 % 13} lazy dogs" for n in range(32)]
-PARAMETERS = {
-    "num_train_epochs": 2.0,
-    "max_seq_length": 64,
-    "packing": False,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-}
 LONG = {**PARAMETERS, "num_train_epochs": 20.0, "save_steps": 10}
 PARTS = (TEXTS[:20], TEXTS[20:])
 PATIENCE_S = 120.0
