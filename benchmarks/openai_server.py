@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -66,6 +67,7 @@ class Fault:
         redirect: send the caller there.
         choice: fields of the answer's choice; `message` among them replaces the whole message.
         usage: what the answer says was used; False: nothing.
+        events: a streamed answer breaks off after so many.
         vectors: 'fewer', 'more', 'reordered', 'twice', 'nan', 'longer', 'text' or 'unindexed'.
     """
 
@@ -84,6 +86,7 @@ class Fault:
     redirect: str = ""
     choice: dict[str, Any] = field(default_factory=dict)
     usage: Any = None
+    events: int = 0
     vectors: str = ""
     left: int = 0
 
@@ -170,7 +173,10 @@ class Service:
         reply = completion(asked, texts[0], fault) if chat else embeddings(asked, texts, fault)
         if not chat:
             self.inputs += len(texts)
-        await asyncio.sleep(self._seconds(texts[0], reply["usage"] if chat and fault is None else {}))
+        seconds = self._seconds(texts[0], reply["usage"] if chat and fault is None else {})
+        if chat and asked.get("stream"):
+            return await stream(request, reply, seconds, fault)
+        await asyncio.sleep(seconds)
         return web.json_response(reply)
 
     def _seconds(self, text: str, usage: dict[str, int]) -> float:
@@ -214,6 +220,32 @@ def completion(asked: dict[str, Any], prompt: str, fault: Fault | None) -> dict[
         "choices": [choice],
         "usage": usage,
     }
+
+
+async def stream(
+    request: web.Request, reply: dict[str, Any], seconds: float, fault: Fault | None
+) -> web.StreamResponse:
+    """The same reply as events, a word at a time."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    choice = reply["choices"][0]
+    words = re.findall(r"\S+\s*|\s+", choice["message"].get("content") or "")
+    deltas: list[dict[str, Any]] = [{"role": "assistant"}, *({"content": word} for word in words)]
+    parts = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    parts.append({"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]})
+    events = [{**reply, "choices": [part], "usage": None} for part in parts]
+    events.append({**reply, "choices": []})
+    if fault and fault.events:
+        events = events[: fault.events]
+    for event in events:
+        await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        await asyncio.sleep(seconds / len(events))
+    if fault and fault.events:
+        if request.transport:
+            request.transport.close()
+    else:
+        await response.write(b"data: [DONE]\n\n")
+    return response
 
 
 def embeddings(asked: dict[str, Any], texts: list[str], fault: Fault | None) -> dict[str, Any]:

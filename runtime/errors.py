@@ -7,6 +7,7 @@
     ├── RowError             nobody now: recorded on its row, the statement goes on
     ├── Retryable            the program: wait, then try again
     │   ├── WorkerLost           the worker process died; its batch goes to another
+    │   │   └── EngineLost           … or its engine, which only a new process can bring back
     │   └── OutOfMemory          the batch was too large; halve it
     ├── Fatal                the operator: the statement stops
     └── Cancelled            nobody: the user pressed Ctrl-C
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 __all__ = [
     "Cancelled",
     "DeployError",
+    "EngineLost",
     "ErrorInfo",
     "Fatal",
     "OutOfMemory",
@@ -152,6 +154,12 @@ class WorkerLost(Retryable):
     """A worker process ended while it had work."""
 
     default_code = "worker_lost"
+
+
+class EngineLost(WorkerLost):
+    """The engine in a worker process died; the process ends itself, and a new one loads the model again."""
+
+    default_code = "engine_lost"
 
 
 class OutOfMemory(Retryable):

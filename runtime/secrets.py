@@ -126,6 +126,12 @@ def redact(text: str, options: Iterable[tuple[str, Any]] = ()) -> str:
     return text
 
 
+def first_line(error: BaseException, max_chars: int = 200) -> str:
+    """The cause in a line that may be shown: the kind of the error and how its message begins, without keys."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return redact(f"{type(error).__name__}: {said}" if said else type(error).__name__)[:max_chars]
+
+
 def quotes(text: str, prompts: Sequence[Prompt], system: str | None = None) -> bool:
     """Whether `text` repeats a part of a prompt or of the system message."""
     contents = [

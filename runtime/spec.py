@@ -1,7 +1,7 @@
 """What crosses the borders of the rooms: frozen dataclasses and columns, never loose dictionaries.
 
-Two directions: a `ModelSpec` and a `PoolSpec` go down when a model is deployed; `Batch` goes down and `Answers`
-come up when rows are asked.
+Two directions: a `ModelSpec` and a `PoolSpec` go down when a model is deployed; `Batch` goes down and `Answers`,
+with `Delta`s between them, come up when rows are asked.
 """
 
 from __future__ import annotations
@@ -23,18 +23,28 @@ class Task(StrEnum):
     GENERATE = "generate"  # VARCHAR
     EMBED = "embed"  # FLOAT[n]
     CLASSIFY = "classify"  # STRUCT(label VARCHAR, score DOUBLE)
+    RANK = "rank"  # DOUBLE, of a pair of texts
+    DRAW = "draw"  # BLOB, a PNG image of a text
+    TRANSCRIBE = "transcribe"  # VARCHAR, of a recording
+    SPEAK = "speak"  # BLOB, a WAV recording of a text
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; role is 'system', 'user', 'assistant' or 'tool'."""
+    """One turn of a conversation; role is 'system', 'user', 'assistant' or 'tool'.
+
+    `media` are the contents of files that belong to it: images in front of its text, or a recording. Training learns
+    nothing from an answer whose `weight` is 0.
+    """
 
     role: str
     content: str
+    media: tuple[bytes, ...] = ()
+    weight: int = 1
 
 
 Prompt: TypeAlias = str | tuple[Message, ...]
-"""A text (one user turn) or a whole conversation."""
+"""A text (one user turn) or a whole conversation; for RANK two turns, a 'query' and a 'text'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,7 @@ class CallOptions:
     top_k: int | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    schema: str | None = None  # JSON schema, as `runtime.schema` describes; the answer is a JSON text that fits it
     extra: tuple[tuple[str, Value], ...] = ()  # engine's own generation parameters, sorted by name
 
     @property
@@ -87,6 +98,7 @@ class ModelSpec:
         defaults: generation defaults of every call.
         fingerprint: the content of what answers (weights, tokenizer, adapter; or provider, address and model), so
             that stored answers are found again for equal content only; '' = answers are not stored.
+        notes: why this engine, in front of what the engine says of itself.
     """
 
     name: str
@@ -96,6 +108,7 @@ class ModelSpec:
     options: tuple[tuple[str, Value], ...] = ()
     defaults: CallOptions = field(default_factory=CallOptions)
     fingerprint: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +124,8 @@ class PoolSpec:
         load_balance: 'lru', 'round_robin' or 'prefix'.
         load_timeout_s: seconds a worker may take to load its model.
         batch_timeout_s: seconds one batch may take before its worker counts as hung and is replaced.
+        idle_timeout_s: seconds without a batch after which a worker gives its memory back until it is asked again;
+            None = never.
     """
 
     num_workers: int = 1
@@ -121,6 +136,7 @@ class PoolSpec:
     load_balance: str = "lru"
     load_timeout_s: float = 600.0
     batch_timeout_s: float = 600.0
+    idle_timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +147,13 @@ class EngineInfo:
         dimension: length of an embedding vector; None for other tasks.
         max_model_len: tokens of prompt and answer together (embedding: tokens read of a text); None = unbounded.
         max_batch_rows: most rows worth sending in one batch.
-        max_batch_chars: most characters of prompts worth sending in one batch.
+        max_batch_chars: most characters of prompts, and bytes of their media, worth sending in one batch.
         max_answer_tokens: tokens an answer may have when the call does not say max_tokens; None = nobody knows.
         overhead_tokens: tokens of a one-word prompt: what the chat template adds.
+        streams: it tells texts as they are written, where a batch asks for it.
+        images: it reads images beside the text.
+        schemas: it writes answers that fit `CallOptions.schema`.
+        adapters: it answers each batch with the LoRA adapter that the batch names.
         notes: what was chosen (device, dtype, batch) and why, for `!llm status`.
     """
 
@@ -149,16 +169,38 @@ class EngineInfo:
     overhead_tokens: int = 0
     architectures: tuple[str, ...] = ()
     chat_template: bool = False
+    images: bool = False
+    schemas: bool = False
+    adapters: bool = False
+    streams: bool = False
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows for one engine call: all share their options. A row is known by its index in `prompts`."""
+    """Rows for one engine call: all share their options. A row is known by its index in `prompts`.
+
+    `stream`: rows whose text someone wants as it is written. `adapter`: folder of a LoRA adapter to answer with, for
+    an engine whose info says `adapters`; '' = none beside what was deployed.
+    """
 
     id: int
     options: CallOptions
     prompts: Sequence[Prompt]
+    stream: frozenset[int] = frozenset()
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The next part of a row's text, while it is written.
+
+    The parts of a row, joined, are what its output begins with: whole characters, and nothing that belongs to a stop
+    text or may still change. The row's `Answers` come after them and hold the whole output.
+    """
+
+    row: int
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +209,8 @@ class Answers:
 
     Attributes:
         rows: indices into the batch's `prompts`.
-        outputs: one per row: text; a float32 vector (or one (n, dimension) array for all); (label, score).
-            None where the row failed.
+        outputs: one per row: text; a float32 vector (or one (n, dimension) array for all); (label, score); a
+            number; a tuple of images, or a recording, as bytes. None where the row failed.
         finish_reasons: 'stop', 'length', … per row; '' where the row failed.
         prompt_tokens, completion_tokens: counted by the engine, per row.
         latency_ms: from the batch's start in the engine to the row's end.

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from runtime import cluster, engines
+from runtime.engines import choice
 from runtime.errors import UserError, did_you_mean
 from sqlext import cache, explain, jobs, models, options, repartition, retry, sources, tables
+from sqlext.benchmark import benchmark
 from sqlext.convert import convert, merge
 from sqlext.deploy import infer
 from sqlext.imports import import_checkpoints, imports
@@ -97,7 +99,8 @@ def _setup(statement: Setup, connection: Connection) -> None:
     session = connection.session
     resolved = options.resolve(statement.settings, "setup")
     options.require_available(statement.settings, "setup")
-    engines.require(str(resolved.values.get("infer_backend", "transformers")))
+    if (engine := str(resolved.values.get("infer_backend", choice.AUTO))) != choice.AUTO:
+        engines.require(engine)
     base = options.defaults(statement.preset) if statement.preset else session.settings
     session.change_settings({**base, **resolved.values})
     for notice in resolved.notices:
@@ -147,13 +150,14 @@ _ACTIONS: dict[str, Callable[[Run, options.Resolved, Connection], pa.Table]] = {
     "finetune": _finetune,
     "convert": convert,
     "merge": merge,
+    "benchmark": benchmark,
     "inspect": inspect,
     "render": render,
     "import": import_checkpoints,
 }
 """What each action of ``RUN … AS LLM.`` does with its statement and its checked options."""
 
-_TAKE_TABLES = ("finetune", "render")
+_TAKE_TABLES = ("finetune", "render", "benchmark")
 
 
 def _llm(statement: Llm, connection: Connection) -> pa.Table:
@@ -178,6 +182,7 @@ _VERBS: dict[str, Callable[..., pa.Table]] = {
     "model exists": models.exists,
     "model remove": models.remove,
     "jobs": jobs.jobs,
+    "jobs remove": jobs.remove,
     "job": jobs.job,
     "logs": jobs.logs,
     "wait": jobs.wait,

@@ -6,17 +6,21 @@ before a command needs it.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from runtime.errors import Cancelled, DeployError, SqlextError, UserError, did_you_mean
 from sqlext import __version__
+
+if TYPE_CHECKING:
+    from sqlext.connection import Connection
 
 
 class ExitCode(IntEnum):
@@ -88,6 +92,76 @@ def run(context: click.Context, /, files: Sequence[str], **said: Any) -> None:
 
 
 @cli.command()
+@click.argument("functions", nargs=-1, metavar="FUNCTION…")
+@click.option("--script", help="Run this script first, which deploys the functions.")
+@click.option("--url", help="Address of an OpenAI-compatible service, instead of functions.")
+@click.option("--model", help="The service's name of the model.")
+@click.option("--concurrency", default="10", help="Requests in flight; several numbers, several runs: 1,4,16.")
+@click.option("--results-dir", help="Folder for the JSON files and the HTML report.")
+@click.option("-o", "--option", "more", multiple=True, metavar="K=V", help="Other option of the action benchmark.")
+@_script_options
+def bench(functions: Sequence[str], script: str | None, more: Sequence[str], **said: Any) -> None:
+    """Load test of model functions, or of a service; every option is that of the action benchmark."""
+    named = {
+        "url": "url",
+        "model": "saas.model",
+        "concurrency": "num_concurrent_requests",
+        "results_dir": "results_dir",
+    }
+    given = {key: said.pop(name) for name, key in named.items()} | dict(map(_variable, more))
+    options = {"action": "benchmark", "udfName": ",".join(functions), **given}
+    where = " AND ".join(f"`{key}`='''{value}'''" for key, value in options.items() if value)
+    before = [(script, _read(script))] if script else []
+    _run([*before, (None, f"RUN command AS LLM.`` WHERE {where}")], **said)
+
+
+@cli.command()
+@click.argument("function")
+@click.option("--script", help="Run this script first, which deploys the function.")
+@click.option("--system", default="", help="System message.")
+@click.option(
+    "--log", default="", metavar="FILE", help="Keep the exchanges here, instead of in the user's data folder."
+)
+@click.option("-o", "--option", "more", multiple=True, metavar="K=V", help="Named option, such as temperature=0.7.")
+@_script_options
+def chat(
+    function: str, script: str | None, system: str, log: str, more: Sequence[str], as_json: bool, **said: Any
+) -> None:
+    """Talk to a model function; prompts are typed, or come through a pipe, one a line."""
+    from sqlext import connect
+    from sqlext.chat import ChatLog, Conversation, talk
+    from sqlext.progress import Progress
+
+    options = {name: _plain(value) for name, value in map(_variable, more)}
+    if not sys.stdin.isatty():
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    with connect(said["db"] or ":memory:") as connection:
+        with Progress(connection) as progress:
+            _prepare(connection, said["variables"], said["dialect"])
+            for _ in connection.run(_read(script), file=script) if script else ():
+                progress.pause()
+        if not talk(Conversation(connection, function, system, options), ChatLog(log, function), as_json=as_json):
+            sys.exit(ExitCode.FAILED)
+
+
+@cli.command()
+@click.argument("db", required=False)
+@click.option("--script", help="Run this script first.")
+def shell(db: str | None, script: str | None) -> None:
+    """A prompt for SQL and the statements of the language, on a database file or in memory."""
+    from sqlext import connect, jobs
+    from sqlext.progress import Progress
+    from sqlext.shell import Shell, history_file
+
+    with connect(db or ":memory:") as connection, Progress(connection) as progress:
+        prompt = Shell(connection, progress, history_file())
+        if script:
+            prompt.take(f".read {script}")
+        prompt.run()
+        jobs.finish(connection)
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print each finding as a JSON object on its own line.")
 def doctor(as_json: bool) -> None:
     """Tell what is installed, which devices there are, and what a missing extra would give."""
@@ -95,7 +169,7 @@ def doctor(as_json: bool) -> None:
     from sqlext import connect, render
 
     with connect() as connection:
-        render.show(connection.raw, render.table(examine()), as_json)
+        render.show(connection.raw, render.table(examine()), "json" if as_json else "box")
 
 
 def main() -> None:
@@ -111,25 +185,38 @@ def _run(
     dialect: str | None,
     as_json: bool,
 ) -> None:
-    from sqlext import actions, connect, jobs, render
+    from sqlext import connect, jobs, render
     from sqlext.progress import Progress
 
-    said = dict(_variable(text) for text in variables)
     with connect(db or ":memory:") as connection, Progress(connection) as progress:
-        connection.session.variables.update(said)
-        actions.set_dialect(connection, dialect or "duckdb")
+        _prepare(connection, variables, dialect)
         try:
             for name, text in scripts:
                 for _ in connection.run(text, file=name):
                     if connection.has_rows:
                         table = connection.fetch_arrow_table()
                         progress.pause()
-                        render.show(connection.raw, table, as_json)
+                        render.show(connection.raw, table, "json" if as_json else "box")
             jobs.finish(connection)
         except (KeyboardInterrupt, Cancelled):
             progress.pause()
             print("cancelled", file=sys.stderr)  # at once: ending the workers takes a moment
             raise
+
+
+def _prepare(connection: Connection, variables: Sequence[str], dialect: str | None) -> None:
+    from sqlext import actions
+
+    connection.session.variables.update(dict(_variable(text) for text in variables))
+    actions.set_dialect(connection, dialect or "duckdb")
+
+
+def _plain(text: str) -> Any:
+    """A value as it looks: a number, true, false, a list; else a text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _variable(text: str) -> tuple[str, str]:

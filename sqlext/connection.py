@@ -30,6 +30,7 @@ from sqlext.parser import parse
 from sqlext.repartition import Partitioning
 from sqlext.runs import Runs
 from sqlext.session import Session
+from sqlext.stream import Stream, run_query, streamable
 from udfs.context import VARIABLE
 from udfs.signatures import quote
 
@@ -96,6 +97,7 @@ class Connection:
         self._owns_raw = owns_raw
         self._stopped = threading.Event()
         self._functions_seen = 0
+        self._stream: Stream | None = None
         self._result: Any = raw
         self._own_results = raw.cursor()
         self._named_results = NamedResults()
@@ -160,6 +162,33 @@ class Connection:
         return self.raw.from_arrow(self.arrow()) if self.has_rows else None
 
     query = sql
+
+    def stream(self, text: str, parameters: Any = None) -> Stream:
+        """Run a query whose one row and column is a model's answer, and give it piece by piece as it is written.
+
+        Args:
+            text: such as ``SELECT chat('…')``.
+            parameters: values for its placeholders, as for DuckDB.
+
+        Raises:
+            UserError: stream_query, stream_rows: the query is another one.
+            SqlextError, duckdb.Error: as `execute`; also while the pieces are read.
+        """
+        frame = callers_frame()
+        self._finish()
+        self._stopped.clear()
+        query = streamable(text, self, frame)
+        running = self._begin(text)
+        self._result, self.has_rows = None, False
+
+        def work() -> None:
+            try:
+                self._guarded(lambda: run_query(self, query, parameters, frame))
+            finally:
+                self._end_statement()
+
+        self._stream = Stream(self, running, work)
+        return self._stream
 
     def executemany(self, text: str, parameters: Sequence[Any]) -> Connection:
         """Run one statement for each set of parameters."""
@@ -359,6 +388,13 @@ class Connection:
         return running
 
     def _finish(self) -> None:
+        """What ran before is over: its stream, if it was one, and the statement."""
+        stream, self._stream = self._stream, None
+        if stream:
+            stream.close()
+        self._end_statement()
+
+    def _end_statement(self) -> None:
         """The statement has ended: keep its figures and tell what went wrong in it."""
         running, self.running = self.running, None
         if running is None:

@@ -11,18 +11,23 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from runtime import cluster, engines, secrets
-from runtime.checkpoints.adapter import model_and_adapter
+from runtime.checkpoints.adapter import model_and_adapter, open_adapter
 from runtime.checkpoints.fingerprint import checkpoint_fingerprint
+from runtime.checkpoints.gguf_header import gguf_model
 from runtime.checkpoints.inspect import inspect
+from runtime.checkpoints.model_config import read_config
 from runtime.checkpoints.model_types import AUTO, ModelType, pretrained_model_type
-from runtime.errors import UserError
+from runtime.engines import choice
+from runtime.errors import DeployError, UserError
 from runtime.gateway import Gateway, RetryPolicy
+from runtime.prompts import names
 from runtime.prompts.style import find_style
 from runtime.prompts.template import read_template
 from runtime.spec import CallOptions, ModelSpec, PoolSpec, Task
@@ -33,9 +38,21 @@ from udfs.arguments import options_from
 from udfs.signatures import sql_type
 
 LOCAL_CONCURRENCY = 1
+OWN_QUEUE_CONCURRENCY = 2  # of engines that keep rows of several batches in one running set
 REMOTE_CONCURRENCY = 32  # batches of one worker, so that requests stay in flight where one batch ends
 _CHAT = ("prompt_format", "chat_template")
-_ENGINES = {Task.GENERATE: "transformers", Task.EMBED: "embeddings", Task.CLASSIFY: "classification"}
+_OWN_QUEUE = ("vllm", choice.FASTEST)
+_GENERATORS = (choice.AUTO, choice.REFERENCE, choice.FASTEST, "vllm", "deepspeed", "llama_cpp")  # of whole folders
+_ENGINES = {
+    Task.GENERATE: "transformers",
+    Task.EMBED: "embeddings",
+    Task.CLASSIFY: "classification",
+    Task.RANK: "reranking",
+    Task.DRAW: "diffusers",
+    Task.TRANSCRIBE: "transcription",
+    Task.SPEAK: "speech",
+}
+_DRAWN_ANEW = (Task.DRAW, Task.SPEAK)  # by chance, unless a seed is said: every row has an answer of its own
 
 
 def infer(
@@ -50,6 +67,8 @@ def infer(
         UserError: an option, the name or the checkpoint is wrong.
         DeployError: the model did not come up; nothing was registered and no process is left.
     """
+    if said.values.get("base"):
+        return infer_adapter(run, said, session)
     kind = pretrained_model_type(str(said.values.get("pretrainedModelType") or AUTO))
     name = _function_name(str(said.values.get("udfName") or "").lower(), session)
     reconnect = said.values.get("reconnect")
@@ -62,11 +81,15 @@ def infer(
             spec = remote_spec(name, kind.remote, said.values, run.path, here=connected.nodes == 1)
         else:
             spec = model_spec(name, kind.task, said.values, run, session)
-        pool = cluster.deploy(spec, pool_spec(session.settings, kind), progress=progress)
+        pool = _deployed(
+            spec,
+            session,
+            kind,
+            lambda: model_spec(name, kind.task, said.values, run, session, choice.REFERENCE),
+            progress,
+        )
     try:
-        settings = session.settings
-        policy = RetryPolicy(attempts=settings["attempts"], row_deadline_s=settings["row_timeout"])
-        replaced = session.functions.put(name, Gateway(pool, session.store, policy=policy))
+        replaced = session.functions.put(name, _gateway(pool, session))
     except BaseException:
         if not reconnect:
             cluster.retire(pool)
@@ -78,20 +101,51 @@ def infer(
     return _report(pool, time.monotonic() - started)
 
 
-def model_spec(name: str, task: Task | None, values: Mapping[str, Any], run: Run, session: Session) -> ModelSpec:
+def _deployed(
+    spec: ModelSpec,
+    session: Session,
+    kind: ModelType,
+    reference: Callable[[], ModelSpec],
+    progress: Callable[[cluster.DeployProgress], None],
+) -> cluster.Pool:
+    """The workers of a model; where an engine that was chosen here does not load it, those of the reference."""
+    try:
+        return cluster.deploy(spec, pool_spec(session.settings, kind, spec.engine), progress=progress)
+    except (UserError, DeployError) as error:
+        if (
+            session.settings["infer_backend"] != choice.AUTO
+            or spec.engine != choice.FASTEST
+            or error.code == "no_room"
+        ):
+            raise
+        note = f"engine {choice.REFERENCE}: {choice.FASTEST} did not load it ({error.message.splitlines()[0]})"
+        spec = replace(reference(), notes=(note,))
+        return cluster.deploy(spec, pool_spec(session.settings, kind, spec.engine), progress=progress)
+
+
+def model_spec(
+    name: str, task: Task | None, values: Mapping[str, Any], run: Run, session: Session, backend: str = ""
+) -> ModelSpec:
     """What to load, from the statement's options and the session's settings.
+
+    Args:
+        backend: the engine, instead of the session's.
 
     Raises:
         UserError: the checkpoint is missing or wrong, or an option belongs to remote models.
     """
     _refuse(values, ("saas.",), 'It belongs to remote models: pretrainedModelType="saas/openai".')
-    wanted = session.settings["infer_backend"]
+    wanted = backend or session.settings["infer_backend"]
     path = values.get("localModelDir") or run.path
     extra = _engine_options(values)
     defaults = _generation_defaults(values)
-    if wanted != "transformers":
+    if wanted not in _GENERATORS:
         engines.require(wanted)
         return ModelSpec(name, wanted, path, task, extra, defaults, _fingerprint(wanted, path, task or "", extra))
+    if wanted == "llama_cpp" and (files := gguf_model(Path(str(path or "")))):
+        content = "".join(checkpoint_fingerprint(file, session.store) for file in files) if session.store else ""
+        fingerprint = _fingerprint(wanted, content, extra) if content else ""
+        return ModelSpec(name, wanted, str(path), Task.GENERATE, extra, defaults, fingerprint)
     path, adapter = model_and_adapter(str(path or ""), str(values.get("adapter") or ""))
     if not path:
         raise UserError(
@@ -108,15 +162,65 @@ def model_spec(name: str, task: Task | None, values: Mapping[str, Any], run: Run
         )
     if checkpoint.task is not Task.GENERATE:
         _refuse(values, _CHAT, f"It belongs to models that generate; this one is made to {checkpoint.task}.")
-    engine, store = _ENGINES[checkpoint.task], session.store
+    sees = checkpoint.images and wanted in (choice.AUTO, choice.REFERENCE)
+    engine, store = "vision" if sees else _ENGINES[checkpoint.task], session.store
+    notes: tuple[str, ...] = ()
+    if engine == choice.REFERENCE:
+        engine = wanted
+        if wanted == choice.AUTO:
+            asked = {**dict(extra), **({"adapter": adapter} if adapter else {})}
+            config = read_config(Path(checkpoint.path))
+            engine, why = choice.choose(config, checkpoint.dtype, asked, gpus=_has_gpus(session))
+            notes = (why,)
+    if checkpoint.task in _DRAWN_ANEW:
+        defaults = replace(defaults, temperature=1.0)
     content = checkpoint_fingerprint(Path(checkpoint.path), store) if store else ""
-    extra = tuple(option for option in extra if option[0] != "adapter")
+    extra = tuple(option for option in _with_template(extra, checkpoint.path) if option[0] != "adapter")
     deciding: list[Any] = [engine, content, checkpoint.task, extra]
     if adapter:
         deciding.append(checkpoint_fingerprint(Path(adapter), store) if store else "")
         extra = tuple(sorted((*extra, ("adapter", adapter))))
     fingerprint = _fingerprint(*deciding) if content else ""
-    return ModelSpec(name, engine, checkpoint.path, checkpoint.task, extra, defaults, fingerprint)
+    return ModelSpec(name, engine, checkpoint.path, checkpoint.task, extra, defaults, fingerprint, notes)
+
+
+def _has_gpus(session: Session) -> bool:
+    """Whether the workers will have GPUs; as `cluster.deploy` decides it where nobody says."""
+    said = session.settings["gpus_per_worker"]
+    return bool(cluster.free().total.get("GPU") if said is None else said)
+
+
+def infer_adapter(run: Run, said: options.Resolved, session: Session) -> pa.Table:
+    """Register a function over the workers of another model, with a LoRA adapter; one row that tells what was done.
+
+    Raises:
+        UserError: the adapter does not fit, the base is not there or takes none, or an option belongs to deployments.
+        DeployError: a first row was not answered.
+    """
+    values, started = said.values, time.monotonic()
+    _refuse(
+        values,
+        ("backend.", "saas.", "quantization", "localModelDir", "pretrainedModelType", "reconnect", *_CHAT),
+        "It belongs to the statement that deploys the base.",
+    )
+    name = _function_name(str(values.get("udfName") or "").lower(), session)
+    base = str(values["base"]).lower()
+    if name == base:
+        raise UserError("udfName and base are the same.", code="option_value", hint="Choose another udfName.")
+    adapter = open_adapter(str(values.get("adapter") or run.path))
+    cluster.connect(session.settings["ray_address"])
+    content = checkpoint_fingerprint(adapter.path, session.store) if session.store else ""
+    pool = cluster.AdaptedPool(name, cluster.attach(base), str(adapter.path), content, _generation_defaults(values))
+    try:
+        pool.probe()
+        replaced = session.functions.put(name, _gateway(pool, session))
+    except BaseException:
+        pool.close()
+        raise
+    if replaced:
+        replaced.close()
+    cluster.remove(name)  # a model of its own that had this name
+    return _report(pool, time.monotonic() - started)
 
 
 def remote_spec(name: str, engine: str, values: Mapping[str, Any], path: str, *, here: bool) -> ModelSpec:
@@ -154,12 +258,13 @@ def _refuse(values: Mapping[str, Any], prefixes: tuple[str, ...], hint: str) -> 
         raise UserError(f"{wrong} means nothing to this kind of model.", code="option_unknown", hint=hint)
 
 
-def pool_spec(settings: dict[str, Any], kind: ModelType) -> PoolSpec:
+def pool_spec(settings: dict[str, Any], kind: ModelType, engine: str) -> PoolSpec:
     """Where and how wide to run, from the session's settings; what they leave open, by the kind of model."""
     gpus, batches = settings["gpus_per_worker"], settings["worker_concurrency"]
+    usual = OWN_QUEUE_CONCURRENCY if engine in _OWN_QUEUE else LOCAL_CONCURRENCY
     return PoolSpec(
         num_workers=settings["num_workers"],
-        worker_concurrency=batches or (REMOTE_CONCURRENCY if kind.remote else LOCAL_CONCURRENCY),
+        worker_concurrency=batches or (REMOTE_CONCURRENCY if kind.remote else usual),
         gpus_per_worker=0.0 if kind.remote and gpus is None else gpus,
         cpus_per_worker=settings["cpus_per_worker"],
         resources=tuple(
@@ -172,7 +277,14 @@ def pool_spec(settings: dict[str, Any], kind: ModelType) -> PoolSpec:
         load_balance=settings["load_balance"],
         load_timeout_s=settings["load_timeout"],
         batch_timeout_s=settings["timeout"],
+        idle_timeout_s=settings.get("idle_timeout"),
     )
+
+
+def _gateway(pool: cluster.Pool | cluster.AdaptedPool, session: Session) -> Gateway:
+    settings = session.settings
+    policy = RetryPolicy(attempts=settings["attempts"], row_deadline_s=settings["row_timeout"])
+    return Gateway(pool, session.store, policy=policy)
 
 
 def _function_name(name: str, session: Session) -> str:
@@ -206,12 +318,22 @@ def _engine_options(values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(said.items()))
 
 
+def _with_template(extra: tuple[tuple[str, Any], ...], folder: str) -> tuple[tuple[str, Any], ...]:
+    """The options with the text that chat_template="auto" stands for: stored answers belong to it."""
+    if ("chat_template", names.AUTO) not in extra or "adapter" in dict(extra):  # an adapter may bring one
+        return extra
+    text = names.automatic(Path(folder))
+    return tuple(
+        (key, text if key == "chat_template" else value) for key, value in extra if key != "chat_template" or text
+    )
+
+
 def _generation_defaults(values: Mapping[str, Any]) -> CallOptions:
     prefix = "generation."
     return options_from({key.removeprefix(prefix): v for key, v in values.items() if key.startswith(prefix)})
 
 
-def _report(pool: cluster.Pool, seconds: float) -> pa.Table:
+def _report(pool: cluster.Pool | cluster.AdaptedPool, seconds: float) -> pa.Table:
     info = pool.info
     return pa.table(
         {

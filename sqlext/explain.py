@@ -21,6 +21,7 @@ from sqlext.statements import ExplainLlm
 
 if TYPE_CHECKING:
     from sqlext.connection import Connection
+    from udfs.register import FunctionCatalog
 
 _TEXT, _INT = pa.string(), pa.int64()
 _EXPLAINED = pa.schema(
@@ -58,7 +59,7 @@ def explained(
     text = from_spark(statement.query, statement.place) if session.dialect == "spark" else statement.query
     counted, query = connection.count_calls(_without_name(text, connection), parameters, frame)
     models = session.functions.gateways()
-    called = dict.fromkeys(sorted(_models(query.names, models))) | dict.fromkeys(counted.explained)
+    called = dict.fromkeys(sorted(_models(query.names, session.functions))) | dict.fromkeys(counted.explained)
     found = {model: counted.explained.get(model, Explained()) for model in called if model in models}
     if not found:
         session.notify("The query calls no model.")
@@ -77,8 +78,8 @@ def _without_name(text: str, connection: Connection) -> str:
     return tail[0] if tail and not connection.parses(text) else text
 
 
-def _models(names: Iterable[str], models: dict[str, Gateway]) -> set[str]:
-    return {name if name in models else name.removesuffix("_row") for name in names}
+def _models(names: Iterable[str], functions: FunctionCatalog) -> set[str]:
+    return {model for name in names if (model := functions.model_of(name))}
 
 
 def _measured(connection: Connection, gateway: Gateway) -> Measured | None:

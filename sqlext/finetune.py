@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,28 +19,24 @@ import pyarrow as pa
 
 from runtime import cluster
 from runtime.checkpoints.folder import check_roots, open_folder
-from runtime.checkpoints.inspect import inspect
-from runtime.checkpoints.weights import check_file
 from runtime.cluster import jobs
 from runtime.errors import UserError, did_you_mean
 from runtime.prompts.style import find_style
 from runtime.prompts.template import read_template
 from runtime.secrets import redact
-from runtime.spec import Task
 from runtime.training import job_roots, own_weights, parameters
+from runtime.training.beginning import check_beginning
 from runtime.training.folder import JobFolder, JobRequest, new_folder
 from runtime.training.loop import require_packages
 from runtime.training.plan import TrainingPlan, Way
 from runtime.training.strategies import check_deepspeed, completed
 from sqlext import options
-from sqlext.jobs import started, waited
+from sqlext.jobs import require_free, started, waited
 from sqlext.statements import Option, Run
 from sqlext.training_rows import RowSource, row_source
 
 if TYPE_CHECKING:
     from sqlext.connection import Connection
-
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def finetune(run: Run, said: options.Resolved, connection: Connection) -> pa.Table:
@@ -54,6 +51,10 @@ def finetune(run: Run, said: options.Resolved, connection: Connection) -> pa.Tab
     plan = _plan(run, said.values, connection)
     base = redact(plan.model)
     source = row_source(run, said.values, connection)
+    output = str(said.values.get("outputTable") or "")
+    if output:
+        require_free(connection, output, source)
+    _tell_of_best(plan, source, connection)
     cluster.connect(settings["ray_address"])
     plan = _with_ranks(plan, settings, bool(cluster.free().total.get("GPU")))
     partitions = source.partitions_for(plan.ranks) if said.values.get("keepPartitionNum") else 0
@@ -64,12 +65,13 @@ def finetune(run: Run, said: options.Resolved, connection: Connection) -> pa.Tab
     try:
         rows = _write(source, folder, bool(partitions), connection)
         plan = replace(_with_fetched(plan, folder, connection), folder=str(folder.path), partitions=partitions)
-        folder.update(state="queued", rows=rows)
+        check_beginning(plan)
+        folder.update(state="queued", rows=rows, queued=time.time())
         request = JobRequest(
             plan,
             name=str(said.values.get("name") or ""),
             base=base,
-            output_table=str(said.values.get("outputTable") or ""),
+            output_table=output,
         )
         job_roots.remember(root)
         connected = jobs.start(folder, request, settings["ray_address"])
@@ -94,13 +96,7 @@ def _plan(run: Run, values: Mapping[str, Any], connection: Connection) -> Traini
         quantization=_bits(str(values.get("quantization") or "")),
     )
     plan = _with_model(plan)
-    recipe = parameters.recipe(plan)
-    if plan.quantization and recipe != "lora":
-        raise UserError(
-            "Quantized weights cannot be trained themselves.",
-            code="option_value",
-            hint="Leave the quantization out, or train with LoRA: sft/… without full.",
-        )
+    check_beginning(plan)
     if plan.deepspeed:
         check_deepspeed(plan.deepspeed)
     local = "" if own_weights.is_address(plan.model) else plan.model
@@ -179,48 +175,39 @@ def _with_model(plan: TrainingPlan) -> TrainingPlan:
             code="checkpoint_missing",
             hint='Add AND localModelDir="/path/to/model", or write the path between the backquotes: LLM.`/path`.',
         )
-    return replace(
-        plan,
-        model=_real(plan.model),
-        weights=_real(plan.weights),
-        adapter=_real(plan.adapter, is_adapter=True),
-    )
+    return replace(plan, model=_real(plan.model), weights=_real(plan.weights), adapter=_real(plan.adapter))
 
 
-def _real(path: str, *, is_adapter: bool = False) -> str:
-    """The real path of a checkpoint, which is checked; an address as it is."""
+def _real(path: str) -> str:
+    """The real path of a folder; an address as it is."""
     if not path:
         return ""
     if own_weights.is_address(path):
         own_weights.check_address(path)
         return path
-    path = own_weights.local_path(path)
-    if not is_adapter:
-        return inspect(path, Task.GENERATE).path
-    folder = open_folder(path)
-    if lacking := [file for file in _ADAPTER if not (folder / file).is_file()]:
-        raise UserError(
-            f'"{folder}" holds no {lacking[0]}, so it is no LoRA adapter that can be trained on.',
-            code="checkpoint_adapter",
-            hint="Give the folder that a LoRA training wrote: …/finetune_model/final.",
+    return str(open_folder(own_weights.local_path(path)))
+
+
+def _tell_of_best(plan: TrainingPlan, source: RowSource, connection: Connection) -> None:
+    if source.valid_table and not parameters.keeps_best(plan.parameters):
+        connection.session.notify(
+            "Not the best model is kept but the last: save_strategy and eval_strategy are not both steps, or epoch."
         )
-    check_file(folder / _ADAPTER[1])
-    return str(folder)
 
 
 def _with_ranks(plan: TrainingPlan, settings: Mapping[str, Any], gpus_there: bool) -> TrainingPlan:
-    """How wide to train: sft in num_workers ranks, each with its GPUs; sfft in ranks of one GPU each."""
+    """How wide to train: a rank for each GPU of each worker, on CPUs one for each worker."""
     workers, gpus = int(settings["num_workers"]), settings["gpus_per_worker"]
     gpus = float(gpus_there) if gpus is None else float(gpus)
     ranks = workers
-    if plan.way == "sfft" and gpus > 1:
+    if gpus > 1:
         if not gpus.is_integer():
             raise UserError(f"num_gpus={gpus:g} ranks cannot be.", code="option_value", hint="Use a whole number.")
         ranks, gpus = workers * int(gpus), 1.0
     custom = {key.removeprefix("resource."): value for key, value in settings.items() if key.startswith("resource.")}
     cpus = float(settings["cpus_per_worker"])
     if cpus == options.defaults("single")["cpus_per_worker"]:  # made for models that mostly wait
-        cpus = 1.0 if gpus else float(jobs.free_cpus(ranks))
+        cpus = 1.0 if gpus else jobs.free_cpus(ranks)
     return replace(plan, ranks=ranks, gpus_per_rank=gpus, cpus_per_rank=cpus, resources=custom)
 
 
@@ -244,7 +231,7 @@ def _write(source: RowSource, folder: JobFolder, keep_partitions: bool, connecti
 
 
 def _with_fetched(plan: TrainingPlan, folder: JobFolder, connection: Connection) -> TrainingPlan:
-    """The plan with folders in place of addresses: what they hold is brought into the job's folder and checked."""
+    """The plan with folders in place of addresses: what they hold is brought into the job's folder."""
 
     def tick(text: str) -> None:
         connection.check_stopped()
@@ -253,7 +240,7 @@ def _with_fetched(plan: TrainingPlan, folder: JobFolder, connection: Connection)
     def here(said: str, name: str) -> str:
         if not own_weights.is_address(said):
             return said
-        return _real(str(own_weights.fetch(said, folder.path / "fetched" / name, tick)), is_adapter=name == "adapter")
+        return str(own_weights.fetch(said, folder.path / "fetched" / name, tick))
 
     try:
         return replace(

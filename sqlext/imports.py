@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from runtime.checkpoints.import_config import ImportConfig, read_config
 from runtime.checkpoints.import_source import Wanted
-from runtime.checkpoints.locations import unreachable
+from runtime.checkpoints.locations import shown, unreachable
 from runtime.checkpoints.model_import import Imported, import_models
 from runtime.checkpoints.model_store import Manifest, ModelStore
 from runtime.errors import Fatal, UserError
@@ -82,7 +82,7 @@ def _wanted(run: Run, values: Mapping[str, Any], store: ModelStore, connection: 
             code="checkpoint_missing",
             hint='Write the path or URL between the backquotes, LLM.`/path`, or add AND config="models.yaml".',
         )
-    name = str(values["name"] or Path(source.rstrip("/")).name)
+    name = str(values["name"] or Path(shown(source).rstrip("/")).name)
     return [Wanted(name, source, str(values["revision"] or ""))]
 
 

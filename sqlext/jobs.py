@@ -1,4 +1,4 @@
-"""Training jobs as tables: `!llm jobs`, `job`, `logs`, `wait`, `cancel`, `resume`, `llm_jobs`, `llm_job_metrics`.
+"""Training jobs as tables: `!llm jobs`, `job`, `logs`, `wait`, `cancel`, `resume`, `jobs remove`, `llm_jobs`, ….
 
 They read the jobs' folders and so are true at any time, also for jobs of other sessions and programs.
 """
@@ -6,6 +6,7 @@ They read the jobs' folders and so are true at any time, also for jobs of other 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,15 +18,16 @@ from runtime import cluster
 from runtime.cluster import jobs as cluster_jobs
 from runtime.cluster.jobs import Status
 from runtime.errors import Cancelled, Fatal, SqlextError, UserError
+from runtime.secrets import redact
 from runtime.training import job_roots
 from runtime.training.folder import JobFolder, JobRequest
 from runtime.training.plan import TrainingPlan
 from sqlext import sources
 from sqlext.progress_lines import job_line, left_out_line
-from sqlext.repartition import quoted
 
 if TYPE_CHECKING:
     from sqlext.connection import Connection
+    from sqlext.training_rows import RowSource
 
 LOG_LINES = 100
 
@@ -56,7 +58,8 @@ def logs(connection: Connection, word: str, last: str = str(LOG_LINES)) -> pa.Ta
     """The last lines that a job's processes have printed."""
     if not last.isdecimal():
         raise UserError(f'"{last}" is no number of lines.', code="option_value", hint='Write !llm logs "id" "100";')
-    return pa.table({"line": pa.array(job_roots.find(word).log_lines(int(last)), pa.string())})
+    lines = [redact(line) for line in job_roots.find(word).log_lines(int(last))]
+    return pa.table({"line": pa.array(lines, pa.string())})
 
 
 def wait(connection: Connection, word: str) -> pa.Table:
@@ -75,6 +78,28 @@ def cancel(connection: Connection, word: str) -> pa.Table:
         _cancelled(folder, connection)
     _forget(folder, connection)
     return _table([_row(folder)]).select(_SHORT)
+
+
+def remove(connection: Connection, word: str) -> pa.Table:
+    """Delete the folder of a job that is over, with its checkpoints and its model; the row it had in `!llm jobs`.
+
+    Raises:
+        UserError: job_running; job_folder: it cannot be deleted.
+    """
+    folder = job_roots.find(word)
+    row = _table([_row(folder)]).select(_SHORT)
+    if cluster_jobs.status(folder)["state"] not in cluster_jobs.OVER:
+        raise UserError(
+            f'The job "{folder.id}" is running.', code="job_running", hint=f'Stop it: !llm cancel "{folder.id}";'
+        )
+    try:
+        with folder.take():
+            shutil.rmtree(folder.path)
+    except OSError as error:
+        raise UserError(
+            f'The folder "{folder.path}" cannot be deleted: {error.strerror}.', code="job_folder"
+        ) from None
+    return row
 
 
 def resume(connection: Connection, word: str) -> pa.Table:
@@ -182,9 +207,14 @@ def _cancelled(folder: JobFolder, connection: Connection, *, stoppable: bool = T
         connection.session.on_job(f"{job_line(folder.id, said)} · cancelling")
 
     try:
-        cluster_jobs.cancel(folder, tick)
+        said = cluster_jobs.cancel(folder, tick)
     finally:
         connection.session.on_job("")
+    if said["state"] not in cluster_jobs.OVER:
+        connection.session.notify(
+            f'"{folder.id}" does not stop, and runs on a cluster that this program is not connected to. It has been '
+            'asked to, and does when it can; to end it, cancel it with that cluster\'s "ray_address".'
+        )
 
 
 def _forget(folder: JobFolder, connection: Connection) -> None:
@@ -201,8 +231,25 @@ def _kept(folder: JobFolder, connection: Connection) -> pa.Table:
         connection.session.notify(f'{told} hint: !llm job "{folder.id}"; tells more.')
     name = folder.request().output_table
     if name:
-        sources.keep_for_good(connection.raw, quoted(name), outcome)
+        sources.keep_for_good(connection.raw, name, outcome)
     return outcome
+
+
+def require_free(connection: Connection, name: str, source: RowSource) -> None:
+    """Check that `name` can become an output table: nothing that is not one stands there, and it can be written.
+
+    Raises:
+        UserError: output_table.
+    """
+    read = {table.lower() for table in (source.table, source.valid_table)}
+    if name.lower() in read:
+        raise UserError(
+            f'outputTable "{name}" is a table that the training reads.',
+            code="output_table",
+            hint="Choose another name for the outcome.",
+        )
+    with connection.own_sql() as execute:
+        sources.require_replaceable(execute, name, _OUTCOME)
 
 
 def _row(folder: JobFolder) -> dict[str, Any]:
@@ -220,6 +267,7 @@ def _row(folder: JobFolder) -> dict[str, Any]:
         "ranks": request.plan.ranks,
         "base": request.base or None,
         "folder": str(folder.path),
+        "model": str(folder.final) if said.get("model") else None,  # it may have been moved
         "train_loss": said.get("train_loss", said.get("loss")),
         "started": _time(said.get("started")),
         "ended": _time(said.get("ended")),
@@ -263,7 +311,7 @@ _METRICS = pa.schema(
         **dict.fromkeys(("tokens_per_s", "seconds"), _FLOAT),
     }
 )
-_INSIDE = ("pid", "process_started", "queued", "cluster", "placement_group")
+_INSIDE = ("pid", "process_started", "queued", "began", "cluster", "placement_group")
 _SHORT = [
     *("job", "way", "state", "step", "steps", "epoch", "loss", "eval_loss", "tokens_per_s", "seconds_left"),
     *("started", "model", "error"),

@@ -19,7 +19,8 @@ _MB = 1024 * 1024
 
 
 def models(connection: Connection) -> pa.Table:
-    """One row for each deployed model."""
+    """One row for each deployed model, and for each function that asks another model's workers."""
+    functions = connection.session.functions.gateways()
     rows = [
         {
             "model": info.name,
@@ -29,10 +30,25 @@ def models(connection: Connection) -> pa.Table:
             "device": info.info.device if info.info else None,
             "workers": len(info.workers),
             "busy": sum(1 for worker in info.workers if worker and worker.busy),
-            "registered": info.name in connection.session.functions.gateways(),
+            "registered": info.name in functions,
             "path": info.spec.path if info.spec else None,
         }
         for info in _deployments(connection)
+    ]
+    rows += [
+        {
+            "model": name,
+            "state": "ready" if any(row["model"] == pool.base.name for row in rows) else "removed",
+            "task": str(pool.info.task),
+            "engine": pool.info.engine,
+            "device": pool.info.device,
+            "workers": 0,
+            "busy": 0,
+            "registered": True,
+            "path": pool.adapter,
+        }
+        for name, pool in ((name, gateway.pool) for name, gateway in functions.items())
+        if isinstance(pool, cluster.AdaptedPool)
     ]
     return pa.Table.from_pylist(rows, _MODELS)
 
@@ -59,6 +75,8 @@ def remove(connection: Connection, name: str) -> pa.Table:
     gateway = connection.session.functions.remove(name)
     if gateway:
         gateway.close()
+        if isinstance(gateway.pool, cluster.AdaptedPool):  # it has no workers of its own
+            return pa.table({"value": [True]})
     return pa.table({"value": [_connected(connection) and cluster.remove(name)]})
 
 
@@ -81,9 +99,9 @@ def _worker_row(info: cluster.DeploymentInfo, index: int, worker: Any) -> dict[s
         return row
     last = worker.last_work
     return row | {
-        "state": "busy" if worker.busy else "idle" if worker.ready else "loading",
-        "engine": info.info.engine if info.info else None,
-        "device": info.info.device if info.info else None,
+        "state": _state(worker),
+        "engine": worker.spec.engine,
+        "device": worker.info.device if worker.info else None,
         "node": worker.node,
         "pid": worker.pid,
         "requests": worker.requests,
@@ -95,6 +113,12 @@ def _worker_row(info: cluster.DeploymentInfo, index: int, worker: Any) -> dict[s
         "last_work": datetime.fromtimestamp(last, UTC) if last else None,
         "notes": "; ".join(info.info.notes) if info.info else None,
     }
+
+
+def _state(worker: cluster.WorkerInfo) -> str:
+    if worker.busy:
+        return "busy"
+    return "idle" if worker.ready else "loading" if worker.loading or not worker.deployed else "unloaded"
 
 
 _TEXT, _INT = pa.string(), pa.int64()

@@ -42,6 +42,7 @@ LLM_VERBS: Mapping[str, tuple[int, int]] = {
     "model exists": (1, 1),
     "model remove": (1, 1),
     "jobs": (0, 0),
+    "jobs remove": (1, 1),
     "job": (1, 1),
     "logs": (1, 2),
     "wait": (1, 1),

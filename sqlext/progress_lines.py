@@ -32,11 +32,14 @@ def job_line(job: str, status: Mapping[str, Any]) -> str:
 
 
 def left_out_line(job: Mapping[str, Any]) -> str:
-    """What a finished job did not learn from; '' when that is nothing."""
+    """What a finished job did not learn from or was not evaluated on; '' when that is nothing."""
     bad, cut = job.get("bad_rows") or 0, job.get("truncated") or 0
     parts = [f"{bad:,} could not be used"] if bad else []
     parts += [f"{cut:,} were cut at max_seq_length"] if cut else []
-    return f"Of {job.get('rows') or 0:,} rows {' and '.join(parts)}." if parts else ""
+    told = [f"Of {job.get('rows') or 0:,} rows {' and '.join(parts)}."] if parts else []
+    if bad := job.get("valid_bad_rows"):
+        told.append(f"Of {job.get('valid_rows') or 0:,} rows of validTable {bad:,} could not be used.")
+    return " ".join(told)
 
 
 def rows_line(answered: int, still_open: int, tokens: int, seconds: float) -> str:

@@ -30,8 +30,9 @@ STATEMENTS = (
     ),
     (
         "!llm cancel id; !llm resume id;",
-        "Stop a job after its present step; let one go on from its last whole checkpoint.",
+        "Stop a job after its next step, whose checkpoint is kept; let one go on from its last whole checkpoint.",
     ),
+    ("!llm jobs remove id;", "Delete a job that is over, with its folder, checkpoints and model."),
     ("!llm usage;", "Calls, tokens and seconds of each model and statement; the table `llm_calls` adds the query."),
     (
         "!llm retry [statement];",

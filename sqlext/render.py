@@ -1,13 +1,15 @@
-"""Results for a person or a program: DuckDB's own box, records where a box would cut, or JSON lines."""
+"""Results for a person or a program: DuckDB's own box, records where a box would cut, JSON lines, CSV."""
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
-from typing import Any
+from typing import IO, Any, Literal, TypeAlias, get_args
 
 import duckdb
 import pyarrow as pa
@@ -16,22 +18,45 @@ from sqlext import records
 
 MAX_ROWS = 40  # of a box; the rest is counted in its foot
 
+Mode: TypeAlias = Literal["box", "line", "json", "csv"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
-def show(raw: duckdb.DuckDBPyConnection, rows: pa.Table, as_json: bool) -> None:
-    """Print `rows` to stdout.
+
+def show(raw: duckdb.DuckDBPyConnection, rows: pa.Table, mode: Mode = "box", out: IO[str] | None = None) -> None:
+    """Print `rows`.
 
     Args:
-        as_json: each row as a JSON object on its own line, instead of a box or records.
+        mode: 'box'; 'line', a line for each value; 'json', each row as a JSON object on its own line; 'csv'.
+        out: where to, instead of stdout.
     """
-    if as_json:
-        _write_json(raw, rows)
-    elif rows.column_names == ["explain_key", "explain_value"]:
+    with redirect_stdout(out) if out else nullcontext():
+        match mode:
+            case "json":
+                _write_json(raw, rows)
+            case "csv":
+                _write_csv(rows)
+            case "line":
+                print(*records.lines(rows), sep="\n", end="\n\n")
+            case "box":
+                _show_box(raw, rows)
+        sys.stdout.flush()
+
+
+def _show_box(raw: duckdb.DuckDBPyConnection, rows: pa.Table) -> None:
+    """DuckDB's box, or what reads better in its place."""
+    if rows.column_names == ["explain_key", "explain_value"]:
         print(*rows["explain_value"].to_pylist(), sep="\n")
     elif records.better(rows, width := shutil.get_terminal_size((120, 24)).columns):
         print(*records.lines(rows), sep="\n", end="\n\n")
     elif rows.num_columns:
         raw.from_arrow(rows).show(max_width=width, max_rows=MAX_ROWS)
-    sys.stdout.flush()
+
+
+def _write_csv(rows: pa.Table) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(rows.column_names)
+    for batch in rows.to_batches(1024):
+        writer.writerows(zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
 
 def _write_json(raw: duckdb.DuckDBPyConnection, rows: pa.Table) -> None:

@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
 )
 
 
+ROWS_AT_ONCE = 2048
 _EXAMPLE = """messages='[{"role": "user", "content": "Hi"}]'"""
 
 
@@ -85,13 +86,20 @@ def _prompts(run: Run, values: Mapping[str, Any], connection: Connection) -> Ite
     if literal:
         yield _literal(str(literal))
         return
+    source = f"FROM {'.'.join(quote(part) for part in table.split('.'))}"
     with connection.own_sql() as execute:
-        found = execute(f"FROM {'.'.join(quote(part) for part in table.split('.'))}")
-        columns = [column[0] for column in found.description]
-        rows = [dict(zip(columns, row, strict=True)) for row in found.fetchall()]
-    form = None if _prompt_column(columns) else find_form(columns)
-    for row in rows:
-        yield _read(form or _form_of_prompt(row), row)
+        columns = [column[0] for column in execute(f"{source} LIMIT 0").description]
+        prompt = _prompt_column(columns)
+        form = None if prompt else find_form(columns)
+        read = (
+            list(dict.fromkeys(form.columns.values())) if form else [str(prompt)]
+        )  # a table has others, and large ones
+        found = execute(f"SELECT {', '.join(map(quote, read))} {source}")
+        while rows := found.fetchmany(ROWS_AT_ONCE):
+            connection.check_stopped()
+            for values_of_row in rows:
+                row = dict(zip(read, values_of_row, strict=True))
+                yield _read(form or _form_of_prompt(row), row)
 
 
 def _literal(messages: str) -> Prompt:

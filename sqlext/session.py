@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from runtime.errors import SqlextError
 from runtime.gateway import Budget, Budgets, Limits, ResultStore, Statement, default_path
@@ -24,7 +25,7 @@ from runtime.training.folder import JobFolder
 from sqlext import options
 from udfs.context import StatementTable
 from udfs.prompts import PromptOrders
-from udfs.register import HELPER_NAMES, FunctionCatalog
+from udfs.register import FORMS, HELPER_NAMES, FunctionCatalog
 
 MAX_QUERY = 200  # characters of a statement that are kept
 HISTORY = 200  # ended statements whose usage is remembered
@@ -40,6 +41,7 @@ class Session:
         notify: told what is worth saying but is not data; prints to stderr unless replaced.
         on_deploy: told how far a deployment is.
         on_job: told in words how far a job is that is waited for; '' when the waiting is over.
+        benchmark: what the latest load test saw of each request.
         own_jobs: jobs that would end with this process, as its own Ray does.
     """
 
@@ -54,6 +56,7 @@ class Session:
         self.notify: Callable[[str], None] = _to_stderr
         self.on_deploy: Callable[[Any], None] = _ignore
         self.on_job: Callable[[str], None] = _ignore
+        self.benchmark: pa.Table | None = None
         self.own_jobs: list[JobFolder] = []
         self.history: deque[Statement] = deque(maxlen=HISTORY)
         self.duckdb_settings = DuckdbSettings(self._ask)
@@ -183,9 +186,10 @@ class Session:
             return [*self.history, *self.statements.running(), self.statements.default]
 
     def is_taken(self, name: str) -> bool:
-        """Whether `name` is a function or a reserved word of DuckDB's, one of our helpers, or a `_row` form."""
+        """Whether `name` is a function or a reserved word of DuckDB's, one of our helpers, or a form of a model's."""
         models = self.functions.gateways()
-        if name in HELPER_NAMES or name.removesuffix("_row") in models or f"{name}_row" in models:
+        near = {name.removesuffix(form) for form in FORMS} | {name + form for form in FORMS}
+        if name in HELPER_NAMES or near & models.keys():
             return name not in models
         query = """
             SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = $1 AND NOT $2

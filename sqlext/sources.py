@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -76,23 +76,76 @@ def keep(raw: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:
 
 
 def keep_for_good(raw: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:
-    """Keep `rows` as a table of the database, in place of one that has the name.
+    """Keep `rows` as a table of the database, in place of one that has the name and the same columns.
 
     Args:
-        name: as SQL, quoted.
+        name: it may have a schema and a database before it.
 
     Raises:
-        UserError: DuckDB refuses it.
+        UserError: output_table: something else stands there, or DuckDB refuses it.
     """
     raw.execute("SELECT 1").fetchall()  # as in `keep`
+    whole = require_replaceable(raw.execute, name, rows.column_names)
     raw.register(_ROWS, rows)
     try:
-        raw.execute(f"CREATE OR REPLACE TABLE {name} AS FROM {_ROWS}")
+        raw.execute(f"CREATE OR REPLACE TABLE {whole} AS FROM {_ROWS}")
     except duckdb.Error as error:
         cause = str(error).partition("\n")[0]
         raise UserError(f"The table {name} cannot be written: {cause}", code="output_table") from None
     finally:
         raw.unregister(_ROWS)
+
+
+def require_replaceable(execute: Execute, name: str, columns: Sequence[str]) -> str:
+    """Check that the table `name` can be made, or made again: where it stands is nothing that has other columns.
+
+    Returns:
+        Its whole name, as SQL.
+
+    Raises:
+        UserError: output_table.
+    """
+    *path, table = name.split(".")
+    place = _place(execute, path)
+    if place is None:
+        raise _no_output(name, "its schema or database does not exist", "Write name, or schema.name.")
+    readonly = f"SELECT readonly FROM duckdb_databases() WHERE lower(database_name) = {literal(place[0].lower())}"
+    if execute(readonly).fetchall() == [(True,)]:
+        raise _no_output(name, "the database is read-only", "Open it to be written, or leave outputTable out.")
+    whole = _sql((*place, table))
+    for kind in ("view", "table"):
+        found = (
+            f"SELECT database_name, schema_name, temporary FROM duckdb_{kind}s() "
+            f"WHERE lower({kind}_name) = {literal(table.lower())}"
+        )
+        for *where, temporary in execute(found).fetchall():
+            if temporary and not path:
+                raise _no_output(name, f"there is a temporary {kind} of this name", "Choose another name.")
+            if temporary or _lower(where) != _lower(place):
+                continue
+            if kind == "view" or [row[0] for row in execute(f"DESCRIBE {whole}").fetchall()] != [*columns]:
+                raise _no_output(name, f"there is a {kind} of this name that is no outcome", "Choose another name.")
+    return whole
+
+
+def _place(execute: Execute, path: Sequence[str]) -> tuple[str, ...] | None:
+    """Database and schema of a table with `path` before its name; None when they are not there."""
+    [(database, schema)] = execute("SELECT current_database(), current_schema()").fetchall()
+    wanted = {0: [(database, schema)], 1: [(database, *path), (*path, "main")], 2: [tuple(path)]}.get(len(path), [])
+    known = execute("SELECT database_name, schema_name FROM duckdb_schemas()").fetchall()
+    return next((place for place in wanted if _lower(place) in map(_lower, known)), None)
+
+
+def _no_output(name: str, why: str, hint: str) -> UserError:
+    return UserError(f'The table "{name}" cannot be written: {why}.', code="output_table", hint=hint)
+
+
+def _lower(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name.lower() for name in names)
+
+
+def _sql(names: Iterable[str]) -> str:
+    return ".".join(map(quote, names))
 
 
 def load(statement: Load, connection: Connection) -> None:
@@ -172,7 +225,7 @@ def save(statement: Save, connection: Connection) -> None:
         settings += ["OVERWRITE true"] if statement.mode == "overwrite" else []
     if statement.mode == "append":
         settings += ["APPEND true"] if statement.partition_by else ["PER_THREAD_OUTPUT true", "APPEND true"]
-    table = ".".join(quote(part) for part in statement.table.split("."))
+    table = _sql(statement.table.split("."))
     with connection.own_sql() as execute, _own_words("SAVE"):
         execute(f"COPY (FROM {table}) TO {literal(path)} ({', '.join(settings)})")
 

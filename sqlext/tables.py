@@ -1,4 +1,4 @@
-"""Tables that are made each time they are read: `llm_errors`, `llm_calls`, `llm_results`, `llm_jobs` and its metrics.
+"""Tables that are made each time they are read: `llm_errors`, `llm_calls`, `llm_results`, `llm_jobs`, ….
 
 Alone because they are views of what other files keep: statements that have ended, the result store, and jobs. Every
 cursor has them under these names unless it has tables of its own that are called so.
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from sqlext import jobs
+from sqlext.benchmark import REQUESTS
 
 if TYPE_CHECKING:
     from runtime.gateway import Usage
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 Made: TypeAlias = pa.Table | pa.RecordBatchReader
 
-OWN_TABLES = ("llm_errors", "llm_calls", "llm_results", "llm_jobs", "llm_job_metrics")
+OWN_TABLES = ("llm_errors", "llm_calls", "llm_results", "llm_benchmark_requests", "llm_jobs", "llm_job_metrics")
 SCANNED_ROWS = 4_096  # of stored answers that are read at once; vectors are large
 _TEXT, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
 _ERRORS = pa.schema(
@@ -69,7 +70,7 @@ class LiveTable:
 
 def register(raw: duckdb.DuckDBPyConnection, session: Session) -> None:
     """Make the tables of the session known to a cursor."""
-    of_session: tuple[Callable[[Session], Made], ...] = (errors, calls, results)
+    of_session: tuple[Callable[[Session], Made], ...] = (errors, calls, results, benchmark_requests)
     made: list[Callable[[], Made]] = [partial(make, session) for make in of_session]
     for name, make in zip(OWN_TABLES, [*made, jobs.job_table, jobs.metrics], strict=True):
         raw.register(name, LiveTable(make))
@@ -98,6 +99,11 @@ def calls(session: Session) -> pa.Table:
 def results(session: Session) -> pa.RecordBatchReader:
     """`llm_results`: the stored answers of all models, oldest first, a few thousand in memory at a time."""
     return pa.RecordBatchReader.from_batches(_RESULTS, _stored(session))
+
+
+def benchmark_requests(session: Session) -> pa.Table:
+    """`llm_benchmark_requests`: what the session's latest load test saw of each request."""
+    return session.benchmark if session.benchmark is not None else REQUESTS.empty_table()
 
 
 def _figures(usage: Usage) -> tuple[Any, ...]:

@@ -14,10 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from runtime.errors import DeployError, ErrorInfo, Fatal, OutOfMemory, UserError
-from runtime.spec import Answers, Batch, EngineInfo, ModelSpec, Task
+from runtime.errors import DeployError, EngineLost, ErrorInfo, Fatal, OutOfMemory, UserError
+from runtime.spec import Answers, Batch, Delta, EngineInfo, Message, ModelSpec, Task
 
 
 class Unpicklable(Exception):
@@ -44,11 +45,19 @@ class FakeEngine:
             if stop.wait(float(self.options.get("piece_s", 0))):
                 return
             text = str(prompt)
+            if text == "lose engine once":  # the next process answers it
+                self._lose_once()
             if text == "row error":
                 yield Answers([row], [None], [""], [0], [0], 0.0, {row: ErrorInfo("bad_row", "It is bad.")})
                 continue
             output = self if text == "unsendable" else obey(text, stop)
             yield Answers([row], [output], ["stop"], [len(text)], [1], 0.0)
+
+    def _lose_once(self) -> None:
+        mark = Path(str(self.options["mark"]))
+        if not mark.exists():
+            mark.touch()
+            raise EngineLost("Its inner process died.")
 
     def close(self) -> None:
         pass
@@ -169,6 +178,40 @@ class ProbeFails(FakeEngine):
 
 def load_probe_fails(spec: ModelSpec) -> FakeEngine:
     return ProbeFails(spec)
+
+
+class Typing(FakeEngine):
+    """Answers with the words of the prompt's last turn, and how many turns there were, one word each `piece_s`."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.info = replace(self.info, streams=True, chat_template=True)
+
+    def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers | Delta]:
+        for row, prompt in enumerate(batch.prompts):
+            turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+            words = [f"{word} " for word in turns[-1].content.split()] + [str(len(turns))]
+            for word in words[:-1] if row in batch.stream else ():
+                yield Delta(row, word)
+                if stop.wait(float(self.options.get("piece_s", 0))):
+                    return
+            yield Answers([row], ["".join(words)], ["stop"], [len(turns)], [len(words)], 0.0)
+
+
+def load_typing(spec: ModelSpec) -> FakeEngine:
+    return Typing(spec)
+
+
+class Heavy(FakeEngine):
+    """Holds 300 MB."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.weights = b"\1" * 300_000_000
+
+
+def load_heavy(spec: ModelSpec) -> FakeEngine:
+    return Heavy(spec)
 
 
 class Silent(FakeEngine):

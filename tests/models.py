@@ -100,6 +100,26 @@ def sliding_language_model(folder: Path, *, seed: int = 0) -> Path:
     return _save(folder, model, tokenizer)
 
 
+def state_space_model(folder: Path, *, seed: int = 0) -> Path:
+    """A Mamba, whose layers have no attention."""
+    import torch
+    from transformers import MambaConfig, MambaForCausalLM
+
+    tokenizer = text_tokenizer()
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "max_position_embeddings": 256}
+    model = MambaForCausalLM(
+        MambaConfig(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **shape,
+        )
+    )
+    return _save(folder, model, tokenizer)
+
+
 def encoder(folder: Path, *, seed: int = 0, max_model_len: int = 64) -> Path:
     """A BERT without a head: an embedding checkpoint with vectors of 32 numbers."""
     import torch
@@ -172,7 +192,9 @@ def word_tokenizer(max_model_len: int) -> Any:
         CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -226,6 +248,32 @@ def placeholder(folder: Path, **config: Any) -> Path:
         folder / "model.safetensors", {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}, 24
     )
     return folder
+
+
+def gguf(file: Path, **more: Any) -> Path:
+    """A GGUF file of a tiny Llama, as the `gguf` package writes it: three tensors, a vocabulary, a template."""
+    import numpy as np
+    from gguf import GGUFWriter
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer = GGUFWriter(file, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    writer.add_token_list(["<unk>", "<s>", "</s>", "a"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{{ messages }}")
+    for name, value in more.items():
+        writer.add_uint32(f"llama.{name}", value)
+    for name in ("token_embd.weight", "output.weight", "blk.0.attn_q.weight"):
+        writer.add_tensor(name, np.zeros((4, 8), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
 
 def write_safetensors(file: Path, header: dict[str, Any], data_bytes: int) -> None:
@@ -348,7 +396,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None]]] = {
     ),
     "the architecture cannot be deployed": (
         "checkpoint_unsupported",
-        _change_config(model_type="whisper", architectures=["WhisperForConditionalGeneration"]),
+        _change_config(model_type="detr", architectures=["DetrForObjectDetection"]),
     ),
     "there is no architecture": ("checkpoint_unsupported", _change_config(architectures=None)),
     "the configuration maps to its own code": (

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from runtime.errors import RowError, UserError, did_you_mean
 from runtime.gateway import CACHE_MODES, CacheMode
-from runtime.spec import CallOptions, Message, Value
+from runtime.spec import CallOptions, Message, Prompt, Task, Value
+from udfs.typed import schema_from
 
 ROLES = ("system", "user", "assistant", "tool")
-TEXT, MESSAGES, REQUEST = "text", "messages", "request"
+TEXT, MESSAGES, REQUEST, PAIR = "text", "messages", "request", "pair"
 """What a prompt can be, as the macro finds from its SQL type."""
 
 
@@ -38,6 +40,28 @@ def to_messages(text: str) -> tuple[Message, ...]:
     if not messages:
         raise RowError("The list of messages is empty.", code="bad_messages")
     return tuple(messages)
+
+
+def to_pair(text: str) -> tuple[Message, ...]:
+    """The query and the text in the JSON of a list of the two."""
+    query, answer = json.loads(text)
+    return Message("query", query), Message("text", answer)
+
+
+def with_media(prompt: Prompt, media: tuple[bytes, ...]) -> Prompt:
+    """The prompt with media in front of the text that the user says last.
+
+    Raises:
+        RowError: bad_messages: the user says nothing.
+    """
+    if not media:
+        return prompt
+    turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+    places = [place for place, turn in enumerate(turns) if turn.role == "user"]
+    if not places:
+        raise RowError("There is no message of the user's that an image could belong to.", code="bad_messages")
+    turns[places[-1]] = replace(turns[places[-1]], media=media)
+    return tuple(turns)
 
 
 def request_text(text: str | None) -> str | None:
@@ -80,10 +104,12 @@ def options_from(said: dict[str, Any]) -> CallOptions:
     known: dict[str, Any] = {}
     extra: dict[str, Value] = {}
     for name, value in said.items():
+        if name == "seed" and str(value) == "-1":  # Byzer's word for none
+            continue
         check = _CHECKS.get(name)
         if check:
             known[name] = check(name, value)
-        elif near := did_you_mean(name, _CHECKS):
+        elif name not in _ENGINES_OWN and (near := did_you_mean(name, _CHECKS)):
             raise UserError(
                 f'The option "{name}" is not known.', code="option_unknown", hint=f'Did you mean "{near}"?'
             )
@@ -142,6 +168,27 @@ _CHECKS = {
     "top_k": _number(0, None, whole=True),
     "stop": _stops,
     "seed": _number(0, None, whole=True),
+    "schema": lambda _, said: schema_from(said),
 }
 OPTION_NAMES = (*_CHECKS, "cache")
 """The named options of a generating function, in the order its macro lists them."""
+
+_DRAWING = (
+    *("negative_prompt", "sampler_name", "sampling_steps", "cfg_scale", "width", "height", "strength", "seed"),
+    "cache",
+)
+OPTIONS_OF = {
+    Task.EMBED: ("cache",),
+    Task.CLASSIFY: ("cache",),
+    Task.RANK: ("cache",),
+    Task.DRAW: _DRAWING,
+    Task.TRANSCRIBE: ("language", "task", "timestamps", "max_tokens", "cache"),
+    Task.SPEAK: ("speaker", "speaking_rate", "seed", "cache"),
+}
+"""The named options of the other functions."""
+SEVERAL = ("batch_size", "batch_count")
+"""How many images a call draws; where its answer can be several."""
+_ENGINES_OWN = {
+    *SEVERAL,
+    *(name for names in OPTIONS_OF.values() for name in names),
+}  # known, though not checked here

@@ -20,6 +20,7 @@ from runtime.spec import Message, Prompt
 
 _OPTION_NAMES = {"max_length": "max_tokens", "stopping_sequences": "stop"}
 _ROLE_KEYS = {"system": "system_msg", "user_role": "user_role", "assistant_role": "assistant_role"}
+_IMAGES = ("image", "init_image", "generation.init_image", "gen.init_image")
 _IGNORED = ("embedding", "tokenizer", "apply_chat_template", "meta", "embed_rerank")
 
 
@@ -33,6 +34,7 @@ class Request:
     assistant_role: str = ""
     history: tuple[tuple[str, str], ...] = ()  # (question, answer), oldest first
     options: tuple[tuple[str, Any], ...] = ()
+    image: Any = None  # base64
 
     @classmethod
     def from_json(cls, text: str) -> Request:
@@ -58,6 +60,7 @@ class Request:
             )
         }
         history = _history(said.pop("history", None))
+        images = [said.pop(key, None) for key in _IMAGES]
         options = {
             _OPTION_NAMES.get(key, key).removeprefix("generation.").removeprefix("gen."): value
             for key, value in said.items()
@@ -67,6 +70,7 @@ class Request:
             str(instruction),
             history=history,
             options=tuple(options.items()),
+            image=next((image for image in images if image), None),
             **roles,
         )
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from runtime.gateway import Outcome, PlainOutcome
 from runtime.spec import CallOptions, EngineInfo, Task
-from udfs.arguments import MESSAGES, OPTION_NAMES, REQUEST, TEXT
+from udfs import media
+from udfs.arguments import MESSAGES, OPTION_NAMES, OPTIONS_OF, PAIR, REQUEST, SEVERAL, TEXT
 from udfs.context import VARIABLE
 
 REQUEST_TYPE = "STRUCT(llm_request VARCHAR)"
@@ -21,6 +22,21 @@ REQUEST_TYPE = "STRUCT(llm_request VARCHAR)"
 
 PARAMETERS = ("VARCHAR", "VARCHAR", "VARCHAR", "VARCHAR", "DOUBLE")
 """SQL types of the function behind the macro: statement, prompt, what the prompt is, options as JSON, draw."""
+
+
+def parameters(info: EngineInfo) -> tuple[str, ...]:
+    """SQL types of the function behind the macro of a model."""
+    return (*PARAMETERS, *(media.PARAMETERS if takes_media(info) else ()))
+
+
+def plain_parameters(info: EngineInfo) -> tuple[str, ...]:
+    """SQL types of the function without a macro."""
+    return {Task.RANK: ("VARCHAR", "VARCHAR"), Task.TRANSCRIBE: ("BLOB",)}.get(info.task, ("VARCHAR",))
+
+
+def takes_media(info: EngineInfo) -> bool:
+    """Whether images or recordings go in."""
+    return info.images or info.task is Task.TRANSCRIBE
 
 
 def sql_type(info: EngineInfo) -> str:
@@ -32,6 +48,12 @@ def sql_type(info: EngineInfo) -> str:
             return f"FLOAT[{info.dimension}]"
         case Task.CLASSIFY:
             return "STRUCT(label VARCHAR, score DOUBLE)"
+        case Task.RANK:
+            return "DOUBLE"
+        case Task.DRAW | Task.SPEAK:
+            return "BLOB"
+        case Task.TRANSCRIBE:
+            return "VARCHAR"
 
 
 def row_type(info: EngineInfo) -> str:
@@ -47,48 +69,142 @@ def quote(identifier: str) -> str:
     return '"' + identifier.replace('"', '""') + '"'
 
 
-def macro(name: str, function: str, info: EngineInfo, defaults: CallOptions) -> str:
+_KIND = (
+    f"CASE WHEN typeof(prompt) = '{REQUEST_TYPE}' THEN '{REQUEST}' "
+    f"WHEN typeof(prompt) LIKE 'STRUCT(%role%' AND typeof(prompt) LIKE 'STRUCT(%content%)[]' THEN '{MESSAGES}' "
+    f"ELSE '{TEXT}' END"
+)
+_ASKED = f"CASE WHEN {_KIND} = '{TEXT}' THEN prompt::VARCHAR ELSE to_json(prompt)::VARCHAR END"
+
+
+def macro(name: str, function: str, info: EngineInfo, defaults: CallOptions, schemas: str) -> str:
     """The statement that makes the temporary macro `name` over the registered `function`.
+
+    Args:
+        schemas: the registered function that reads what `schema :=` says.
+    """
+    if info.task is not Task.GENERATE:
+        return _reading_macro(name, function, info, defaults, OPTIONS_OF[info.task])
+    named = ", ".join(f"{option} := NULL" for option in (*OPTION_NAMES, *_image(info)))
+    said = " AND ".join(f"{option} IS NULL" for option in OPTION_NAMES)
+    schema = f"CASE WHEN schema IS NULL THEN NULL ELSE {_read(schemas, 'to_json(schema)::VARCHAR')} END"
+    options = f"CASE WHEN {said} THEN NULL ELSE {_packed(schema)} END"
+    call = _call(function, options, info, defaults)
+    return f"CREATE OR REPLACE TEMP MACRO {quote(name)}(prompt, {named}) AS {call}"
+
+
+def several_macro(name: str, function: str, info: EngineInfo, defaults: CallOptions) -> str:
+    """The statement that makes the temporary macro `name`, which answers with several images of a call."""
+    return _reading_macro(name, function, info, defaults, (*SEVERAL, *OPTIONS_OF[info.task]))
+
+
+def _reading_macro(name: str, function: str, info: EngineInfo, defaults: CallOptions, options: Sequence[str]) -> str:
+    """The macro of a function that is no generating one."""
+    given: tuple[str, ...] = ("prompt",)
+    asked, kind = _ASKED, _KIND
+    if info.task is Task.RANK:
+        pair = "to_json([query::VARCHAR, text::VARCHAR])::VARCHAR"
+        given, kind = ("query", "text"), f"'{PAIR}'"
+        asked = f"CASE WHEN query IS NULL OR text IS NULL THEN NULL ELSE {pair} END"
+    elif info.task is Task.TRANSCRIBE:
+        given, kind = ("audio",), f"'{TEXT}'"
+        asked = "CASE WHEN audio IS NULL THEN NULL ELSE '' END"
+    named = (*given, *(f"{option} := NULL" for option in (*options, *_image(info))))
+    said = " AND ".join(f"{option} IS NULL" for option in options)
+    packed = ", ".join(f"{option} := {option}" for option in options)
+    columns = (
+        f"getvariable('{VARIABLE}')",
+        asked,
+        kind,
+        f"CASE WHEN {said} THEN NULL ELSE to_json(struct_pack({packed}))::VARCHAR END",
+        f"CASE WHEN {_sampled(options, defaults)} THEN random() ELSE 0 END",
+        *((media.columns("audio" if info.task is Task.TRANSCRIBE else "image"),) if takes_media(info) else ()),
+    )
+    return (
+        f"CREATE OR REPLACE TEMP MACRO {quote(name)}({', '.join(named)}) AS {quote(function)}({', '.join(columns)})"
+    )
+
+
+def _image(info: EngineInfo) -> tuple[str, ...]:
+    return ("image",) if info.images else ()
+
+
+def typed_macro(
+    name: str, function: str, info: EngineInfo, defaults: CallOptions, schemas: str, structures: str
+) -> str:
+    """The statement that makes the temporary macro `name`, whose answers have the type in its second argument.
+
+    DuckDB gives the call that type when it plans the query, so the type must be constant. It also writes it out,
+    which opens types that the user has created.
+
+    Args:
+        function: registered; answers with JSON.
+        schemas, structures: the registered functions that read a type, for the model and for `from_json`.
+    """
+    named = ", ".join(f"{option} := NULL" for option in (*OPTION_NAMES, *_image(info)) if option != "schema")
+    structure = _read(structures, "as_type::VARCHAR")
+    # Never NULL, which has no type; and not constant to DuckDB before the macro is used.
+    written_out = f"typeof(from_json(coalesce(nullif(as_type, as_type), 'null'), {structure}))"
+    said = f"CASE WHEN ltrim(as_type::VARCHAR) LIKE '{{%' THEN as_type::VARCHAR ELSE {written_out} END"
+    options = _packed(_read(schemas, f"to_json({said})::VARCHAR"))
+    return (
+        f"CREATE OR REPLACE TEMP MACRO {quote(name)}(prompt, as_type, {named}) AS "
+        f"from_json({_call(function, options, info, defaults)}, {structure})"
+    )
+
+
+def _read(function: str, said: str) -> str:
+    """The call of one of the functions of `udfs.typed`."""
+    return f"{quote(function)}(getvariable('{VARIABLE}'), {said})"
+
+
+def _packed(schema: str) -> str:
+    """The named options as JSON."""
+    packed = (f"{option} := {schema if option == 'schema' else option}" for option in OPTION_NAMES)
+    return f"to_json(struct_pack({', '.join(packed)}))::VARCHAR"
+
+
+def _call(function: str, options: str, info: EngineInfo, defaults: CallOptions) -> str:
+    """The call of a generating function."""
+    image = f", {media.columns('image')}" if info.images else ""
+    return (
+        f"{quote(function)}(getvariable('{VARIABLE}'), {_ASKED}, {_KIND}, {options}, "
+        f"CASE WHEN {_sampled(OPTION_NAMES, defaults)} THEN random() ELSE 0 END{image})"
+    )
+
+
+def _sampled(options: Sequence[str], defaults: CallOptions) -> str:
+    """Whether a call with these named options is a sampled one.
 
     A sampled call draws a random number as its last argument: that makes the expression volatile, so DuckDB neither
     folds nor merges calls that must each have an answer of their own.
     """
-    kind = (
-        f"CASE WHEN typeof(prompt) = '{REQUEST_TYPE}' THEN '{REQUEST}' "
-        f"WHEN typeof(prompt) LIKE 'STRUCT(%role%' AND typeof(prompt) LIKE 'STRUCT(%content%)[]' THEN '{MESSAGES}' "
-        f"ELSE '{TEXT}' END"
-    )
-    text = f"CASE WHEN {kind} = '{TEXT}' THEN prompt::VARCHAR ELSE to_json(prompt)::VARCHAR END"
-    if info.task is not Task.GENERATE:
-        return (
-            f"CREATE OR REPLACE TEMP MACRO {quote(name)}(prompt, cache := NULL) AS "
-            f"{quote(function)}(getvariable('{VARIABLE}'), {text}, {kind}, "
-            "CASE WHEN cache IS NULL THEN NULL ELSE to_json(struct_pack(cache := cache))::VARCHAR END, 0)"
-        )
-    named = ", ".join(f"{option} := NULL" for option in OPTION_NAMES)
-    said = " AND ".join(f"{option} IS NULL" for option in OPTION_NAMES)
-    packed = ", ".join(f"{option} := {option}" for option in OPTION_NAMES)
+    if "seed" not in options:
+        return "false"
     seed = "NULL" if defaults.seed is None else str(defaults.seed)
-    heat = f"coalesce(try_cast(temperature AS DOUBLE), {defaults.temperature or 0})"
-    sampled = f"{heat} > 0 AND coalesce(seed, {seed}) IS NULL"
-    return (
-        f"CREATE OR REPLACE TEMP MACRO {quote(name)}(prompt, {named}) AS "
-        f"{quote(function)}(getvariable('{VARIABLE}'), {text}, {kind}, "
-        f"CASE WHEN {said} THEN NULL ELSE to_json(struct_pack({packed}))::VARCHAR END, "
-        f"CASE WHEN {sampled} THEN random() ELSE 0 END)"
-    )
+    heat = str(defaults.temperature or 0)
+    if "temperature" in options:
+        heat = f"coalesce(try_cast(temperature AS DOUBLE), {heat})"
+    return f"{heat} > 0 AND coalesce(nullif(try_cast(seed AS BIGINT), -1), {seed}) IS NULL"
 
 
 def output_column(info: EngineInfo, outputs: Sequence[Any]) -> pa.Array:
     """One output per row as an Arrow array of the function's type; None is NULL."""
     match info.task:
-        case Task.GENERATE:
-            return pa.array(outputs, pa.string())
         case Task.EMBED:
             return _vectors(outputs, info.dimension or 0)
         case Task.CLASSIFY:
             rows = [None if output is None else {"label": output[0], "score": output[1]} for output in outputs]
             return pa.array(rows, pa.struct([("label", pa.string()), ("score", pa.float64())]))
+        case Task.DRAW:
+            return pa.array([None if output is None else output[0] for output in outputs], pa.binary())
+        case Task.GENERATE | Task.TRANSCRIBE | Task.RANK | Task.SPEAK as task:
+            return pa.array(outputs, {Task.RANK: pa.float64(), Task.SPEAK: pa.binary()}.get(task, pa.string()))
+
+
+def images_column(outputs: Sequence[Any]) -> pa.Array:
+    """All images of each row as an Arrow array of lists; None is NULL."""
+    return pa.array([None if output is None else list(output) for output in outputs], pa.list_(pa.binary()))
 
 
 def row_column(

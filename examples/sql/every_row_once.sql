@@ -1,5 +1,5 @@
 -- Every row once: what a statement is going to ask, what it asked, and what is not asked again.
--- Needs the model that `make quickstart` builds; no key, no download.
+-- Needs the model that `make quickstart` trains; no key, no download.
 
 RUN command AS LLM.`build/small-model` WHERE action="infer" AND udfName="define" AND `generation.max_tokens`="30";
 

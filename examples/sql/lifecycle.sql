@@ -39,8 +39,8 @@ RUN command AS LLM.`build/models/sorter` WHERE action="infer" AND udfName="sorte
 SELECT word, trim(sorter('sort ' || word || ' =')) AS sorted FROM (VALUES ('duck'), ('view'), ('rows')) t(word);
 
 SELECT count(*) > 100 AS enough_words,
-       avg((trim(sorter('sort ' || word || ' =')) = array_to_string(list_sort(string_split(word, '')), ''))::INT) >= 0.95
-         AS right_on_95_percent
+       avg(coalesce(trim(sorter('sort ' || word || ' =')) = array_to_string(list_sort(string_split(word, '')), ''), false)::INT)
+         >= 0.95 AS right_on_95_percent
 FROM manual;
 
 -- 5. Fine-tune with LoRA on questions and answers: the same letters, from z to a. The prompt format says how they are
@@ -71,15 +71,15 @@ FROM manual;
 
 SELECT word, expected, tuned FROM exam WHERE word IN ('last', 'list') ORDER BY word;
 
--- The pattern for any two models: their shares of right answers, and the gain with its 95 % confidence interval, from
--- the differences row by row.
-CREATE VIEW marks AS
-SELECT coalesce(base = expected, false)::INT AS base, coalesce(tuned = expected, false)::INT AS tuned FROM exam;
-
+-- The pattern for any two models: rows that only the new one had right, rows that only the old one had right, and the
+-- gain with its 95 % confidence interval for pairs (Agresti and Min, 2005), which also holds when all answers agree.
 CREATE TABLE verdict AS
-SELECT count(*) AS rows, avg(base) AS base, avg(tuned) AS tuned, avg(tuned - base) AS gain,
-       gain - 1.96 * stddev_samp(tuned - base) / sqrt(rows) AS gain_low,
-       gain + 1.96 * stddev_samp(tuned - base) / sqrt(rows) AS gain_high
+WITH marks AS (
+  SELECT coalesce(base = expected, false) AS old, coalesce(tuned = expected, false) AS new FROM exam
+)
+SELECT count(*) AS rows, avg(old::INT) AS base, avg(new::INT) AS tuned,
+       count_if(new AND NOT old) AS won, count_if(old AND NOT new) AS lost, (won - lost) / (rows + 2) AS gain,
+       1.96 * sqrt(won + lost + 1 - (won - lost) ** 2 / (rows + 2)) / (rows + 2) AS plus_minus
 FROM marks;
 
-SELECT gain_low > 0.5 AS clearly_better FROM verdict;
+SELECT gain - plus_minus > 0.5 AS clearly_better FROM verdict;

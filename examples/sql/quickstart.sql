@@ -32,17 +32,39 @@ FROM questions, embedded
 QUALIFY row_number() OVER (PARTITION BY question ORDER BY similarity DESC, name) <= 2
 ORDER BY question, similarity DESC, name;
 
--- 4. Deploy a small text-generation model and call it. examples/sql/make_small_model.py trained it, in seconds, on
---    the descriptions above: it shows the way of a call, not wisdom.
+-- 4. Train a small text-generation model on those descriptions, from nothing, in about a minute: it shows the way of a
+--    training and of a call, not wisdom. The prompt format says how questions and answers are written.
+CREATE TABLE lessons AS
+SELECT 'What does ' || name || ' do?' AS instruction, rtrim(split_part(description, '. ', 1), '.') || '.' AS output
+FROM manual
+WHERE kind = 'function' AND length(output) BETWEEN 10 AND 100
+ORDER BY name;
+
+SET format='''{"system": "{instruction}\n", "user": "<|user|>{instruction}<|end|>",
+  "assistant": "<|assistant|>{instruction}<|end|>", "bos": "<s>"}''';
+
+!llm setup sfft "cpus_per_worker=1";
+RUN lessons AS LLM.`` WHERE action="finetune" AND pretrainedModelType="sfft/llama" AND prompt_format='''${format}'''
+    AND name="manual" AND localPathPrefix="build/jobs" AND detached="false" AND outputTable="trained"
+    AND `sfft.int.vocab_size`="1000" AND `sfft.int.max_length`="256" AND `sfft.int.hidden_size`="128"
+    AND `sfft.int.intermediate_size`="384" AND `sfft.int.num_hidden_layers`="3" AND `sfft.int.epochs`="28"
+    AND `sfft.int.per_device_train_batch_size`="2" AND `sfft.float.learning_rate`="4e-3";
+
+SET trained="SELECT model FROM trained" WHERE type="sql";
+RUN command AS LLM.`${trained}` WHERE action="convert" AND to="safetensors" AND savePath="build/small-model"
+    AND overwrite="true";
+
+-- 5. Deploy it and call it.
+!llm setup single;
 RUN command AS LLM.`build/small-model` WHERE action="infer" AND udfName="ask" AND `generation.max_tokens`="40";
 
 SELECT name, ask('What does ' || name || ' do?') AS answer
 FROM (VALUES ('median'), ('upper'), ('array_length')) t(name);
 
--- 5. The row form shows what a call was: tokens, how it ended, and whether the answer was there before. Equal questions
+-- 6. The row form shows what a call was: tokens, how it ended, and whether the answer was there before. Equal questions
 --    are asked once: here one call answers both rows.
 SELECT r.output IS NOT NULL AS answered, r.error, r.prompt_tokens, r.completion_tokens, r.finish_reason, r.cached
 FROM (SELECT ask_row('What does ' || name || ' do?') AS r FROM (VALUES ('floor'), ('floor')) t(name));
 
--- 6. What it took: rows asked, calls made, tokens. (`!llm models;` and `!llm status;` tell what is deployed.)
+-- 7. What it took: rows asked, calls made, tokens. (`!llm models;` and `!llm status;` tell what is deployed.)
 !llm usage;

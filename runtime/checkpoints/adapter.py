@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoints.folder import list_files, open_folder, read_object, require_own
-from runtime.checkpoints.inspect import TOKENIZERS, refuse_remote_code
+from runtime.checkpoints.folder import BASE_LINK, list_files, open_folder, read_object
+from runtime.checkpoints.inspect import TOKENIZERS
+from runtime.checkpoints.model_config import refuse_remote_code
 from runtime.checkpoints.weights import check_file, pickled
 from runtime.errors import UserError
 from runtime.prompts.style import FORMAT_FILE
@@ -20,7 +21,6 @@ from runtime.prompts.style import FORMAT_FILE
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
-BASE_INSIDE = "pretrained_model"  # where a fine-tuning job puts a copy of the base
 
 # The base is changed when training begins with these, so its own weights are not what the adapter belongs to.
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -78,7 +78,7 @@ def open_adapter(path: str, *, allow_pickle: bool = False) -> Adapter:
             code="checkpoint_adapter",
             hint="Give the folder that a LoRA training has saved, such as …/finetune_model/final.",
         )
-    refuse_remote_code(folder, list_files(folder), {})
+    refuse_remote_code(folder, list_files(folder))
     config = read_object(folder / CONFIG)
     _require_lora(folder, config)
     return Adapter(folder, _weights(folder, allow_pickle), config, _base(folder, config))
@@ -143,11 +143,9 @@ def _weights(folder: Path, allow_pickle: bool) -> Path:
     """
     file = folder / WEIGHTS
     if file.exists():
-        require_own(folder, file)
         check_file(file)
         return file
     if (folder / PICKLED_WEIGHTS).exists():
-        require_own(folder, folder / PICKLED_WEIGHTS)
         if allow_pickle:
             return folder / PICKLED_WEIGHTS
         raise pickled(folder / PICKLED_WEIGHTS)
@@ -160,8 +158,8 @@ def _weights(folder: Path, allow_pickle: bool) -> Path:
 
 def _base(folder: Path, config: Mapping[str, Any]) -> str:
     """The base inside the adapter's folder, else the folder that its configuration names."""
-    if (folder / BASE_INSIDE / "config.json").is_file():
-        return str(open_folder(str(folder / BASE_INSIDE)))
+    if (folder / BASE_LINK / "config.json").is_file():
+        return str(open_folder(str(folder / BASE_LINK)))
     named = config.get("base_model_name_or_path")
     if isinstance(named, str) and Path(named).is_absolute() and (Path(named) / "config.json").is_file():
         return str(open_folder(named))

@@ -19,6 +19,12 @@ _TABLES = {
     "classify": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "base": "MODEL_MAPPING_NAMES",
+    "see": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+}
+_MEDIA = {  # those that an engine here knows how to ask
+    "WhisperForConditionalGeneration": Task.TRANSCRIBE,
+    "VitsModel": Task.SPEAK,
+    "BarkModel": Task.SPEAK,
 }
 
 
@@ -42,8 +48,19 @@ def _task_of() -> dict[str, Task]:
     return {
         **dict.fromkeys((*readers, *masked.values()), Task.EMBED),
         **dict.fromkeys(_table("classify").values(), Task.CLASSIFY),
-        **dict.fromkeys(generate.values(), Task.GENERATE),
+        **dict.fromkeys((*generate.values(), *_table("see").values()), Task.GENERATE),
+        **_MEDIA,
     }
+
+
+def reads_images(architectures: tuple[str, ...]) -> bool:
+    """Whether a model of these architectures reads images beside the text."""
+    return not {*_table("see").values()}.isdisjoint(architectures)
+
+
+def reads_text_alone(architectures: tuple[str, ...]) -> bool:
+    """Whether transformers runs it as a language model, whatever else it reads."""
+    return not {*_table("generate").values()}.isdisjoint(architectures)
 
 
 def task_of(architectures: tuple[str, ...], model_type: str, folder: Path) -> Task:
@@ -56,7 +73,7 @@ def task_of(architectures: tuple[str, ...], model_type: str, folder: Path) -> Ta
     for architecture in architectures:
         if architecture in tasks:
             return tasks[architecture]
-    known_types = {*_table("generate"), *_table("masked"), *_table("classify")}
+    known_types = {*_table("generate"), *_table("masked"), *_table("classify"), *_table("see")}
     if not architectures:
         what, near = f'the model type "{model_type}" without architectures', None
     elif model_type not in known_types:
@@ -67,6 +84,7 @@ def task_of(architectures: tuple[str, ...], model_type: str, folder: Path) -> Ta
         f'"{folder}/config.json" names {what}, which no installed engine can run.',
         code="checkpoint_unsupported",
         hint=(f'Did you mean "{near}"? ' if near else "")
-        + "Text generation (…ForCausalLM), encoders (…Model, …ForMaskedLM, sentence-transformers) and "
-        "…ForSequenceClassification of the installed transformers can be deployed.",
+        + "Text generation (…ForCausalLM), encoders (…Model, …ForMaskedLM, sentence-transformers), "
+        "…ForSequenceClassification, image-text-to-text, Whisper, VITS and Bark of the installed transformers can be "
+        "deployed, and text to image pipelines of diffusers.",
     )

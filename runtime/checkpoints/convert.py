@@ -10,16 +10,25 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 from runtime.checkpoints.adapter import Adapter
-from runtime.checkpoints.folder import open_folder, require_own
+from runtime.checkpoints.folder import open_folder, read_text, require_own
+from runtime.checkpoints.model_config import quantization_of
 from runtime.checkpoints.model_folder import ModelFolder, Shards, open_model
-from runtime.checkpoints.output import Wrote, by_size, output_path, whole, write_json, write_weights
+from runtime.checkpoints.output import (
+    Wrote,
+    by_size,
+    output_path,
+    whole,
+    write_json,
+    write_safetensors,
+    write_weights,
+)
 from runtime.checkpoints.sharded import METADATA, read_sharded
 from runtime.checkpoints.skeleton import skeleton, tied, weights_of
 from runtime.checkpoints.tensors import DTYPES, Stored, cast, dtype_name, dtype_named, one_thread
@@ -54,7 +63,7 @@ class Conversion:
         training: folder with the checkpoints of a training, or one of them; '' = the model has its own weights.
         tag: which of them; '' = the one that its file `latest` names, or the folder itself.
         allow_pickle: read pickled weights, as numbers alone.
-        check: compare the logits of what is read and what is made.
+        check: compare the logits of what is read and what is made, before it takes its place.
     """
 
     model: str
@@ -76,7 +85,7 @@ class Converted:
         files: relative to `path`, or its name where it is a file.
         parameters: numbers in all weights.
         dtype: the type of most of them.
-        max_logit_difference: between what was read and what was made, on real texts and in the result's number type;
+        max_logit_difference: between what was read and what was made, on real texts, each in its own number type;
             None when it was not asked for.
     """
 
@@ -91,12 +100,18 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where the result goes, and who watches; `begun` is time.monotonic() when the work began."""
+    """Where the result goes, and who watches.
+
+    Attributes:
+        begun: time.monotonic() when the work began.
+        check: told where the result lies before it takes its place; how far its logits are from what was read.
+    """
 
     target: Path
     overwrite: bool
     progress: Progress
     begun: float
+    check: Callable[[Path], float] | None = None
 
     def counting(self, total: int) -> Wrote:
         """What is told the bytes as they are written, and tells the progress."""
@@ -109,7 +124,11 @@ class Output:
 
         return wrote
 
-    def made(self, tensors: list[Stored], dtype: str) -> Converted:
+    def checked(self, place: Path) -> float | None:
+        """The difference, when it was asked for."""
+        return self.check(place) if self.check else None
+
+    def made(self, tensors: list[Stored], dtype: str, difference: float | None) -> Converted:
         """What there is now."""
         inside = self.target.is_dir()
         found = sorted(file for file in self.target.rglob("*") if file.is_file()) if inside else [self.target]
@@ -120,6 +139,7 @@ class Output:
             parameters=sum(tensor.numbers for tensor in tensors),
             dtype=dtype,
             seconds=time.monotonic() - self.begun,
+            max_logit_difference=difference,
         )
 
 
@@ -141,18 +161,17 @@ def convert(wanted: Conversion, progress: Progress = ignore_progress) -> Convert
     target = output_path(
         wanted.target, overwrite=wanted.overwrite, inputs=[model.path, training] if training else [model.path]
     )
-    output = Output(target, wanted.overwrite, progress, begun)
     shards = by_size(_trained(model, training)) if training else _without_copies(model)
+    check = _check(model, shards, gguf=form == "gguf", trained=bool(training)) if wanted.check else None
+    output = Output(target, wanted.overwrite, progress, begun, check)
     if form == "gguf":
         from runtime.checkpoints.gguf import write_gguf
 
-        made = write_gguf(model, joined(shards), output, asked)
-    else:
-        dtype = dtype_named(asked) if asked else own_dtype(model.config) if training else None
-        if dtype:
-            refuse_quantized(model)
-        made = write_model(model, _cast(shards, dtype), output, f".{form}" if form else model.suffix)
-    return _checked(made, model, joined(shards)) if wanted.check else made
+        return write_gguf(model, joined(shards), output, asked)
+    dtype = dtype_named(asked) if asked else own_dtype(model.config) if training else None
+    if dtype:
+        refuse_quantized(model)
+    return write_model(model, _cast(shards, dtype), output, f".{form}" if form else model.suffix)
 
 
 def _cast(shards: Shards, dtype: torch.dtype | None) -> Shards:
@@ -161,24 +180,19 @@ def _cast(shards: Shards, dtype: torch.dtype | None) -> Shards:
     return {stem: {name: cast(tensor, dtype) for name, tensor in shard.items()} for stem, shard in shards.items()}
 
 
-def _checked(made: Converted, model: ModelFolder, tensors: dict[str, Stored]) -> Converted:
-    """What was made, with how far its logits are from those of what was read."""
+def _check(model: ModelFolder, shards: Shards, *, gguf: bool, trained: bool) -> Callable[[Path], float]:
+    """How far the logits of a result are from those of what is read; of GGUF both are computed in float32."""
     from runtime.checkpoints.logits import largest_difference, of_tensors, saved
 
-    path = Path(made.path)
-    gguf_file = next((name for name in made.files if name.endswith(".gguf")), None)
-    dtype = torch.float32 if gguf_file else getattr(torch, made.dtype)
-    difference = largest_difference(
-        lambda: of_tensors(model.path, tensors, dtype),
-        lambda: saved(
-            path.parent if path.is_file() else path,
-            dtype,
-            pickled=any(name.endswith(".bin") for name in made.files),
-            gguf_file=gguf_file,
-        ),
-        model.path,
-    )
-    return replace(made, max_logit_difference=difference)
+    tensors = joined(shards)
+    own = torch.float32 if gguf else main_dtype(list(tensors.values()))
+
+    def read() -> Any:
+        if trained:
+            return of_tensors(model.path, tensors, own)
+        return saved(model.path, own, pickled=model.suffix == ".bin")
+
+    return lambda place: largest_difference(read, lambda: saved(place, torch.float32 if gguf else "auto"), model.path)
 
 
 def write_model(
@@ -206,7 +220,10 @@ def write_model(
             copy_tokenizer(adapter, place)
         write_json(place / "config.json", {**_with_dtype(model.config, dtype_name(dtype)), **(config or {})})
         write_weights(place, shards, suffix, output.counting(total))
-    return output.made(tensors, dtype_name(dtype))
+        for name, module in model.modules.items():
+            write_safetensors(place / name, module, lambda _: None)
+        difference = output.checked(place)
+    return output.made(tensors, dtype_name(dtype), difference)
 
 
 def joined(shards: Shards) -> dict[str, Stored]:
@@ -235,7 +252,7 @@ def refuse_quantized(model: ModelFolder) -> None:
     Raises:
         UserError: checkpoint_quantized.
     """
-    if "quantization_config" in model.config:
+    if quantization_of(model.config):
         raise UserError(
             f'"{model.path}" is quantized, so its numbers cannot be changed.',
             code="checkpoint_quantized",
@@ -249,7 +266,6 @@ def copy_tokenizer(adapter: Adapter, target: Path) -> None:
     for name in names:
         (target / name).unlink(missing_ok=True)
         if (adapter.path / name).is_file():
-            require_own(adapter.path, adapter.path / name)
             shutil.copyfile(adapter.path / name, target / name)
 
 
@@ -296,7 +312,8 @@ def _training_folder(path: str, tag: str) -> Path:
     root = open_folder(path)
     latest = root / "latest"
     if not tag and latest.is_file() and not _kind(root):
-        tag = latest.read_text(encoding="utf-8", errors="replace")[:200].strip()
+        require_own(root, latest)
+        tag = read_text(latest)[:200].strip()
     if tag and (PurePosixPath(tag).name != tag or tag == ".." or not (root / tag).is_dir()):
         raise _no_tag(root, f'has no checkpoint "{tag[:80]}"')
     folder = open_folder(str(root / tag)) if tag else root

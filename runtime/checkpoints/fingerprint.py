@@ -61,6 +61,9 @@ def _files(folder: Path, above: tuple[Path, ...] = (), prefix: str = "") -> Iter
     check_roots(real)
     if real in above:  # a link that leads back up
         return
+    if real.is_file():  # a GGUF model, however the file is called
+        yield f"model{real.suffix}", real
+        return
     with os.scandir(folder) as found:
         entries = list(found)
     for entry in entries:

@@ -1,7 +1,8 @@
-"""The folder of a checkpoint: which folders may be opened, and how its small files are read.
+"""The folder of a checkpoint: which folders may be opened, which files are its own, and how they are read.
 
 Alone because every path a user types passes here once: it is made real before it is compared with the allowed roots,
-so that neither `..` nor a link leads out of them.
+so that neither `..` nor a link leads out of them; and because only plain files of a checkpoint are opened, and no
+more of a small one is read than it may hold.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,19 @@ ROOTS_VARIABLE = "SQLEXT_ROOTS"
 PACKAGE = "package:"
 """Begins the path of a checkpoint that an installed Python package carries: ``package:name/folder``."""
 
-MAX_JSON_BYTES = 64 << 20  # a tokenizer.json is some MB; configurations are far smaller
+BASE_LINK = "pretrained_model"  # where a training links the base of its adapter
+
+MAX_SMALL_BYTES = 64 << 20  # a tokenizer.json is some MB; configurations are far smaller
+MAX_FILES = 100_000  # in a checkpoint; more lie below a folder that is none
 
 
-def open_folder(path: str) -> Path:
+def open_folder(path: str, file_suffix: str | None = None) -> Path:
     """The real folder behind `path`: `~` expanded, links followed, ``package:name/folder`` looked up.
 
     A bare word that is no folder here is the name of a model in the model store.
+
+    Args:
+        file_suffix: a plain file that ends so will do, too: a checkpoint of one file.
 
     Raises:
         UserError: checkpoint_package, checkpoint_path, checkpoint_missing, checkpoint_not_folder,
@@ -48,6 +57,8 @@ def open_folder(path: str) -> Path:
     try:
         if not folder.exists():
             raise _missing(path, folder)
+        if file_suffix and folder.name.lower().endswith(file_suffix) and folder.is_file():
+            return folder
         if not folder.is_dir():
             raise UserError(
                 f'"{path}" is a file; a checkpoint is a folder.',
@@ -88,14 +99,17 @@ def data_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")) / "sqlext"
 
 
-def check_roots(real: Path) -> None:
-    """Refuse a real path outside the folders named in the environment variable SQLEXT_ROOTS, when it is set.
+def check_roots(path: Path) -> None:
+    """Refuse a path whose real place is outside the folders in the environment variable SQLEXT_ROOTS, when it is set.
 
     Raises:
         UserError: checkpoint_outside_roots.
     """
     allowed = [root for root in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if root]
-    if allowed and not any(real.is_relative_to(os.path.realpath(os.path.expanduser(root))) for root in allowed):
+    if not allowed:
+        return
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(os.path.realpath(os.path.expanduser(root))) for root in allowed):
         raise UserError(
             f'"{real}" is outside the folders that may be read.',
             code="checkpoint_outside_roots",
@@ -125,22 +139,92 @@ def require_own(folder: Path, file: Path) -> None:
 def list_files(folder: Path) -> tuple[str, ...]:
     """Names of the files below `folder`, relative and sorted; hidden ones and what lies in hidden folders left out.
 
+    Every one of them is a plain file of the checkpoint's own, so it may be read. Linked folders are not gone into.
+
+    Args:
+        folder: real path.
+
     Raises:
-        UserError: checkpoint_unreadable; checkpoint_outside_roots for a link that leads out of the roots.
+        UserError: checkpoint_unreadable; checkpoint_link, checkpoint_outside_roots, checkpoint_file: of a file in it.
     """
-    found: list[str] = []
-
-    def refuse(error: OSError) -> None:
-        raise unreadable(folder, error)
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        here = Path(parent)
-        for name in names:
-            if not name.startswith("."):
-                check_roots(Path(os.path.realpath(here / name)))
-                found.append((here / name).relative_to(folder).as_posix())
+    try:
+        found: list[str] = []
+        for name in _walk(folder, folder, ""):
+            found.append(name)
+            if len(found) > MAX_FILES:
+                raise UserError(
+                    f'"{folder}" holds more than {MAX_FILES:,} files, so it is no checkpoint.',
+                    code="checkpoint_not_folder",
+                    hint="Give the folder of one model.",
+                )
+    except OSError as error:
+        raise unreadable(Path(error.filename or folder), error) from None
     return tuple(sorted(found))
+
+
+def _walk(folder: Path, root: Path, prefix: str) -> Iterator[str]:
+    with os.scandir(folder) as found:
+        entries = [entry for entry in found if not entry.name.startswith(".")]
+    for entry in entries:
+        path = Path(entry.path)
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(path, root, f"{prefix}{entry.name}/")
+        elif entry.is_dir():
+            if entry.name != BASE_LINK:  # which our own trainings make
+                require_own(root, path)
+        else:
+            if entry.is_symlink():
+                require_own(root, path)
+            _require_plain(path, entry.stat())
+            yield prefix + entry.name
+
+
+def _require_plain(file: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(
+            f'"{file}" is no plain file, but a device, a pipe or a socket.',
+            code="checkpoint_file",
+            hint="Remove it from the folder.",
+        )
+
+
+def open_file(file: Path) -> FileIO:
+    """A plain file, opened to be read without a buffer.
+
+    Raises:
+        UserError: checkpoint_outside_roots; checkpoint_file, it is a device, a pipe or a socket.
+        OSError: it cannot be opened.
+    """
+    check_roots(file)
+    _require_plain(file, file.stat())  # before it is opened: that of a pipe would wait for its writer
+    return file.open("rb", buffering=0)
+
+
+def read_small(file: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
+    """All of a small file.
+
+    Raises:
+        UserError: checkpoint_config, it is too large; checkpoint_unreadable, and those of `open_file`.
+    """
+    try:
+        with open_file(file) as stream:
+            pieces, left = [], max_bytes + 1
+            while left and (piece := stream.read(min(left, 1 << 20))):
+                pieces.append(piece)
+                left -= len(piece)
+    except OSError as error:
+        raise unreadable(file, error) from None
+    if not left:
+        raise _damaged(file, f"it is larger than {max_bytes >> 20} MB")
+    return b"".join(pieces)
+
+
+def read_text(file: Path) -> str:
+    """A small file as text; raises like `read_small`."""
+    try:
+        return read_small(file).decode("utf-8")
+    except UnicodeDecodeError:
+        raise _damaged(file, "it is not UTF-8 text") from None
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -149,39 +233,36 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         UserError: checkpoint_config when it is no JSON object, checkpoint_unreadable.
     """
-    content = _read_json(file)
+    content = read_json(file)
     if not isinstance(content, dict):
-        raise _bad_json(file, "it holds no JSON object")
+        raise _damaged(file, "it holds no JSON object")
     return content
 
 
 def read_objects(file: Path) -> list[dict[str, Any]]:
     """A JSON list of objects, one or more; raises like `read_object`."""
-    content = _read_json(file)
+    content = read_json(file)
     if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
-        raise _bad_json(file, "it holds no list of JSON objects")
+        raise _damaged(file, "it holds no list of JSON objects")
     return content
 
 
-def _read_json(file: Path) -> object:
+def read_json(file: Path) -> object:
+    """A JSON value of any kind from a file of the checkpoint; raises like `read_object`."""
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise _bad_json(file, f"it is larger than {MAX_JSON_BYTES >> 20} MB")
-        return json.loads(file.read_bytes())
-    except OSError as error:
-        raise unreadable(file, error) from None
+        return json.loads(read_small(file))
     except (ValueError, RecursionError) as error:
         at = (
             f"line {error.lineno}, column {error.colno}"
             if isinstance(error, json.JSONDecodeError)
-            else "its encoding"
+            else "its encoding or a number in it"
         )
-        raise _bad_json(file, f"it is not JSON ({at})") from None
+        raise _damaged(file, f"it is not JSON ({at})") from None
 
 
 def total_bytes(folder: Path, files: Iterable[str]) -> int:
     """Bytes of the files together; a link counts as what it points to."""
-    return sum((folder / name).stat().st_size for name in files if (folder / name).exists())
+    return sum((folder / name).stat().st_size for name in files)
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
@@ -193,7 +274,7 @@ def unreadable(path: Path, error: OSError) -> UserError:
     )
 
 
-def _bad_json(file: Path, why: str) -> UserError:
+def _damaged(file: Path, why: str) -> UserError:
     return UserError(
         f'"{file}" is damaged: {why}.',
         code="checkpoint_config",

@@ -19,6 +19,7 @@ import torch
 
 from runtime.checkpoints.convert import GGUF_TYPES, Converted, Output
 from runtime.checkpoints.folder import read_object
+from runtime.checkpoints.model_config import quantization_of
 from runtime.checkpoints.model_folder import ModelFolder
 from runtime.checkpoints.output import whole
 from runtime.checkpoints.skeleton import skeleton
@@ -66,7 +67,8 @@ def write_gguf(model: ModelFolder, tensors: Mapping[str, Stored], output: Output
         _describe(writer, model, config, kind)
         _add_tokenizer(writer, model.path, int(config.vocab_size))
         _write(writer, planned, output.counting(total))
-    return output.made(list(tensors.values()), kind)
+        difference = output.checked(place)
+    return output.made(list(tensors.values()), kind, difference)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,9 @@ def _require(kind: str, model: ModelFolder) -> str:
             code="option_value",
             hint=f'Did you mean "{near}"?' if near else f"Known: {', '.join(GGUF_TYPES)}.",
         )
-    if "quantization_config" in model.config or model.config.get("model_type") not in _ARCHITECTURES:
-        what = "quantized" if "quantization_config" in model.config else f"of the type {model.config['model_type']}"
+    quantized = bool(quantization_of(model.config))
+    if quantized or model.config.get("model_type") not in _ARCHITECTURES:
+        what = "quantized" if quantized else f"of the type {model.config['model_type']}"
         raise _unsupported(f'"{model.path}" is {what}')
     return kind
 
@@ -241,15 +244,18 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> No
     sentencepiece = bool(model.get("byte_fallback"))
     writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
     writer.add_tokenizer_pre("default" if sentencepiece else _cut(content, folder))
-    size = max(vocab_size, *texts, 0) if len(texts) > vocab_size else vocab_size
-    writer.add_token_list([texts.get(number, f"[PAD{number}]") for number in range(size)])
-    writer.add_token_types([_token_type(number, texts, added, model.get("unk_token")) for number in range(size)])
+    if beyond := [number for number in texts if number >= vocab_size]:
+        raise _unsupported(f"The tokenizer has the number {max(beyond)}, the model embeds {vocab_size} of them: it")
+    writer.add_token_list([texts.get(number, f"[PAD{number}]") for number in range(vocab_size)])
+    writer.add_token_types(
+        [_token_type(number, texts, added, model.get("unk_token")) for number in range(vocab_size)]
+    )
     if sentencepiece:
         ranks = {"".join(pair if isinstance(pair, list) else pair.split(" ")): -float(rank) for rank, pair in
                  enumerate(model.get("merges") or (), 1)}  # fmt: skip
-        writer.add_token_scores([ranks.get(texts.get(number, ""), 0.0) for number in range(size)])
+        writer.add_token_scores([ranks.get(texts.get(number, ""), 0.0) for number in range(vocab_size)])
         writer.add_add_space_prefix(_prefixes_space(content))
-    gguf.SpecialVocab(folder, load_merges=not sentencepiece, n_vocab=size).add_to_gguf(writer, quiet=True)
+    gguf.SpecialVocab(folder, load_merges=not sentencepiece, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
 
 
 def _token_type(number: int, texts: Mapping[int, str], added: Mapping[int, Any], unknown: str | None) -> int:

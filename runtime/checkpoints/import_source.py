@@ -1,4 +1,4 @@
-"""Where a checkpoint to import comes from: a folder, a URL, or a repository of the Hugging Face hub.
+"""Where a checkpoint to import comes from: a folder, a GGUF file, a URL, or a repository of the Hugging Face hub.
 
 Alone because the import itself works on a folder of this machine: what lies elsewhere is fetched first, as much of it
 as is needed, and what can be known without fetching is asked before.
@@ -7,22 +7,30 @@ as is needed, and what can be known without fetching is asked before.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from runtime.checkpoints.folder import open_folder
-from runtime.checkpoints.locations import fetch_files, open_location, safe_name
+from runtime.checkpoints.gguf_header import SUFFIX
+from runtime.checkpoints.locations import THREADS, fetch_files, open_location, safe_name, shown
+from runtime.checkpoints.locks import held, hold
 from runtime.checkpoints.model_store import Manifest, cache_folder
-from runtime.checkpoints.weights import PICKLED, pickled
+from runtime.checkpoints.weights import is_pickled, pickled
 from runtime.errors import Cancelled, Retryable, UserError
 
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+ABANDONED_S = 7 * 86_400.0
+_WEIGHTS = ("pytorch_model", "adapter_model", "model")  # how their files are called
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -76,7 +84,7 @@ class Tally:
 
 
 class Source:
-    """Where a checkpoint comes from; while the `with` block runs it is a folder of this machine.
+    """Where a checkpoint comes from; while the `with` block runs it is a folder, or a GGUF file, of this machine.
 
     What had to be fetched stays after a failure, so that the next attempt goes on from there.
 
@@ -89,6 +97,7 @@ class Source:
         self._again = again
         self._tally = tally
         self._fetched: Path | None = None
+        self._stack = ExitStack()
         self._remote: _Remote | None = None
         self.states: Mapping[str, str] = {}
         if "://" in wanted.source:
@@ -99,7 +108,7 @@ class Source:
 
     def unchanged_since(self, present: Manifest) -> bool:
         """Whether `present` was made of just this, known without fetching anything."""
-        if self._wanted.source != present.source or self._wanted.revision != present.revision:
+        if shown(self._wanted.source) != present.source or self._wanted.revision != present.revision:
             return False
         if self._remote:
             return all(self.states.values()) and self.states == {file.name: file.state for file in present.files}
@@ -110,23 +119,36 @@ class Source:
         if not remote and not wanted.revision:
             return _own_folder(wanted.source)
         key = f"{wanted.name} {wanted.source} {wanted.revision} {sorted(self.states.items())}"
-        fetched = cache_folder() / "incoming" / hashlib.sha256(key.encode()).hexdigest()[:24]
-        fetched.mkdir(parents=True, exist_ok=True)
-        if remote:
-            self._again(lambda: remote.fetch(fetched, self._tally))
-        else:
-            self._again(lambda: _fetch_repository(wanted.source, wanted.revision, fetched))
+        incoming = cache_folder() / "incoming"
+        _remove_abandoned(incoming)
+        fetched = incoming / hashlib.sha256(key.encode()).hexdigest()[:24]
+        with ExitStack() as stack:
+            stack.enter_context(held(fetched, lambda: self._tally.wrote(0)))
+            if remote:
+                self._again(lambda: remote.fetch(fetched, self._tally))
+            else:
+                self._again(lambda: _fetch_repository(wanted.source, wanted.revision, fetched, self._tally))
+            self._stack = stack.pop_all()
         self._fetched = fetched
         return fetched
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._fetched:
             shutil.rmtree(self._fetched, ignore_errors=True)
+        self._stack.close()
+
+
+def _remove_abandoned(incoming: Path) -> None:
+    """Remove what was fetched for imports that nobody has gone on with for days."""
+    for child in incoming.iterdir() if incoming.is_dir() else ():
+        if time.time() - child.stat().st_mtime > ABANDONED_S and (handle := hold(child)) is not None:
+            shutil.rmtree(child, ignore_errors=True)
+            os.close(handle)
 
 
 def _own_folder(source: str) -> Path:
     try:
-        return open_folder(source)
+        return open_folder(source, SUFFIX)
     except UserError as error:
         if error.code == "checkpoint_missing" and _REPOSITORY.fullmatch(source):
             error.hint = 'If it is a repository of the Hugging Face hub, add AND revision="…", a commit of it.'
@@ -141,13 +163,11 @@ class _Remote:
         self._root = root.rstrip("/")
         self._files.invalidate_cache()
         found = dict(self._list())
-        self._sizes = {name: int(info["size"]) for name, info in found.items() if not name.endswith(PICKLED)}
+        self._sizes = {name: int(info["size"]) for name, info in found.items() if not is_pickled(name)}
         self.states = {name: _remote_state(found[name]) for name in self._sizes}
         if not found:
-            raise UserError(f'There is nothing at "{url}".', code="checkpoint_missing", hint="Check the URL.")
-        left = [name for name in found if name not in self._sizes]
-        if left and not any(name.endswith((".safetensors", ".gguf")) for name in found):
-            raise pickled(Path(left[0]))
+            raise UserError(f'There is nothing at "{shown(url)}".', code="checkpoint_missing", hint="Check the URL.")
+        refuse_only_pickled(found)
 
     def fetch(self, folder: Path, tally: Tally) -> None:
         """Bring the files into `folder`, but for those that are there."""
@@ -189,15 +209,68 @@ def _require_pinned(source: str, revision: str) -> None:
         )
 
 
-def _fetch_repository(repository: str, revision: str, folder: Path) -> None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    from huggingface_hub.utils.tqdm import disable_progress_bars
+def refuse_only_pickled(names: Iterable[str]) -> None:
+    """Refuse weights that are there as a pickle alone: they stay behind, and without them it is no model.
 
-    disable_progress_bars()
+    Raises:
+        UserError: checkpoint_pickled.
+    """
+    listed = sorted(names)
+    whole = {str(PurePosixPath(name).parent) for name in listed if name.lower().endswith((".safetensors", SUFFIX))}
+    for name in listed:
+        path = PurePosixPath(name)
+        is_weight = path.name.lower().startswith(_WEIGHTS) or not whole
+        if is_pickled(name) and is_weight and str(path.parent) not in whole:
+            raise pickled(Path(name))
+
+
+class _Counter:
+    """The hub's idea of a progress bar: counts bytes, and stops the download when the statement was stopped."""
+
+    tally: Tally
+
+    def __init__(self, *_: Any, initial: int = 0, **__: Any) -> None:
+        self.update(initial)
+
+    def update(self, count: float | None = 1) -> None:
+        """So many more bytes are there."""
+        self.tally.wrote(int(count or 0))
+
+    def update_transfer(self, count: float | None = 1) -> None:
+        """So many bytes came over the network; the hub counts them apart."""
+
+    def set_postfix_str(self, *_: Any, **__: Any) -> None:
+        """Nobody looks at it."""
+
+    set_transfer_postfix_str = set_description_str = refresh = close = set_postfix_str
+
+    def __enter__(self) -> _Counter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _fetch_repository(repository: str, revision: str, folder: Path, tally: Tally) -> None:
+    from httpx2 import TransportError
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    counter = type("Counter", (_Counter,), {"tally": tally})
+    endpoint = os.environ.get("HF_ENDPOINT")
+
+    def fetch(name: str) -> None:
+        hf_hub_download(repository, name, revision=revision, local_dir=folder, endpoint=endpoint, tqdm_class=counter)
+
     try:
-        snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=list(HUB_PATTERNS))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        listed = HfApi(endpoint).model_info(repository, revision=revision, files_metadata=True).siblings or []
+        sizes = {safe_name(file.rfilename): file.size or 0 for file in listed}
+        refuse_only_pickled(sizes)
+        wanted = [name for name in sizes if any(fnmatch(name, pattern) for pattern in HUB_PATTERNS)]
+        tally.expect(sum(sizes[name] for name in wanted))
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(fetch, wanted))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, TransportError):
         raise Retryable(
             "The hub cannot be reached.",
             code="hub_unreachable",

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoints.architectures import task_of
+from runtime.checkpoints.architectures import reads_images, reads_text_alone, task_of
 from runtime.checkpoints.folder import list_files, open_folder, read_object, read_objects, total_bytes
-from runtime.checkpoints.weights import PICKLED, SINGLE, check_weights, pickled
+from runtime.checkpoints.model_config import read_config, refuse_remote_code, remote_code
+from runtime.checkpoints.pipelines import PIPELINE, read_pipeline
+from runtime.checkpoints.weights import SINGLE, Weights, check_weights, is_pickled, pickled
 from runtime.errors import UserError
 from runtime.spec import Task
 
@@ -25,6 +27,7 @@ TOKENIZERS = (
     ("spiece.model",),
     ("sentencepiece.bpe.model",),
 )
+PROCESSORS = frozenset(("preprocessor_config.json", "processor_config.json"))
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
 
 
@@ -39,6 +42,8 @@ class Checkpoint:
         max_model_len: tokens it was built to read; None when it does not say.
         dtype: torch's name of the type of its weights.
         sentence_transformers: it is a sentence-transformers checkpoint (modules.json).
+        images: it reads images beside the text.
+        labels: of a classifier.
         num_parameters: numbers in its weights.
         files: every file below the folder, relative and sorted.
         bytes: of all files together.
@@ -57,31 +62,70 @@ class Checkpoint:
     num_parameters: int
     files: tuple[str, ...]
     bytes: int
+    images: bool = False
+    labels: tuple[str, ...] = ()
 
 
-def inspect(path: str, task: Task | None = None) -> Checkpoint:
+def inspect(path: str, task: Task | None = None, *, needs_weights: bool = True) -> Checkpoint:
     """Read the folder `path`, asked for `task` or for what it is made for.
+
+    Args:
+        needs_weights: False where its own weights are not used, and may be missing.
 
     Raises:
         UserError: with a stable code. checkpoint_path, _missing, _not_folder, _outside_roots, _unreadable: the
-            folder; _config, _no_weights, _pickled, _adapter, _corrupt, _no_tokenizer: what is in it; _remote_code,
-            _unsupported, _task: what it would need.
+            folder; _config, _no_weights, _pickled, _adapter, _corrupt, _no_tokenizer, _no_processor: what is in it;
+            _remote_code, _unsupported, _task: what it would need.
     """
     folder = open_folder(path)
+    files = list_files(folder)  # first: what is not the checkpoint's own is not read
+    found = _inspect_pipeline(folder, files) if PIPELINE in files else _inspect_model(folder, files, needs_weights)
+    return found if task in (None, found.task) else _asked_for(found, task)
+
+
+def _inspect_pipeline(folder: Path, files: tuple[str, ...]) -> Checkpoint:
+    """A folder of diffusers."""
+    refuse_remote_code(folder, files)
+    pipeline = read_pipeline(folder, files)
+    return Checkpoint(
+        path=str(folder),
+        model_type="diffusers",
+        architectures=(pipeline.kind,),
+        task=Task.DRAW,
+        max_model_len=None,
+        vocab_size=pipeline.vocab_size,
+        hidden_size=None,
+        dtype=pipeline.dtype,
+        has_chat_template=False,
+        sentence_transformers=False,
+        num_parameters=pipeline.parameters,
+        files=files,
+        bytes=total_bytes(folder, files),
+    )
+
+
+def _inspect_model(folder: Path, files: tuple[str, ...], needs_weights: bool) -> Checkpoint:
+    """A folder of transformers or sentence-transformers."""
     modules = module_folders(folder)
     body = modules[0] if modules else folder  # where the transformer itself lies
     config = read_config(body)
-    files = list_files(folder)
-    refuse_remote_code(folder, files, config)
-    architectures = tuple(str(name) for name in config.get("architectures") or ())
+    refuse_remote_code(folder, files)
+    architectures = tuple(config.get("architectures") or ())
     model_type = str(config.get("model_type", ""))
-    natural = Task.EMBED if modules else task_of(architectures, model_type, folder)
-    weights = check_weights(body, _names_in(body))
+    ranks = _is_cross_encoder(folder, config)
+    natural = Task.EMBED if modules and not ranks else task_of(architectures, model_type, folder)
+    labels = _labels(config) if natural is Task.CLASSIFY else ()
+    if ranks and (len(labels) == 1 or natural is Task.GENERATE):
+        natural = Task.RANK
+    images = natural is Task.GENERATE and reads_images(architectures)
+    if natural is Task.TRANSCRIBE or (images and not reads_text_alone(architectures)):
+        _require_processor(folder, files)
+    weights = check_weights(body, _names_in(body)) if needs_weights else Weights((), 0, "float32")
     for module in modules[1:]:
         _refuse_pickles(module)
-    _require_tokenizer(folder, {*_names_in(folder), *_names_in(body)})
+    _require_tokenizer(folder, {*_names_in(folder), *_names_in(body)}, natural)
     text = config.get("text_config") or config
-    found = Checkpoint(
+    return Checkpoint(
         path=str(folder),
         model_type=model_type,
         architectures=architectures,
@@ -95,47 +139,25 @@ def inspect(path: str, task: Task | None = None) -> Checkpoint:
         num_parameters=weights.parameters,
         files=files,
         bytes=total_bytes(folder, files),
+        images=images and not PROCESSORS.isdisjoint(files),
+        labels=labels,
     )
-    return found if task in (None, natural) else _asked_for(found, task)
 
 
 def _asked_for(found: Checkpoint, task: Task | None) -> Checkpoint:
-    """`found`, used for a task that it was not made for; a language model also embeds."""
+    """`found`, used for a task that it was not made for.
+
+    A language model also embeds; a classifier with one label also ranks, as all rerankers are made, and the reverse.
+    """
     if task is Task.EMBED and found.task is Task.GENERATE:
         return replace(found, task=Task.EMBED)
+    if {task, found.task} == {Task.CLASSIFY, Task.RANK} and len(found.labels) == 1:
+        return replace(found, task=task or found.task)
     raise UserError(
         f'"{found.path}" is made to {found.task}, not to {task}.',
         code="checkpoint_task",
         hint=f"Leave the task out, or deploy a checkpoint that can {task}.",
     )
-
-
-def read_config(body: Path) -> dict[str, Any]:
-    """What config.json in the folder `body` says.
-
-    Raises:
-        UserError: checkpoint_config, checkpoint_unreadable.
-    """
-    file = body / "config.json"
-    if not file.exists():
-        raise UserError(
-            f'"{body}" holds no config.json, so it is no checkpoint of Hugging Face form.',
-            code="checkpoint_config",
-            hint=_nested_hint(body),
-        )
-    config = read_object(file)
-    if not config.get("model_type"):
-        raise UserError(
-            f'"{file}" names no model_type.',
-            code="checkpoint_config",
-            hint="Save the model again with save_pretrained() of transformers 4 or later.",
-        )
-    return config
-
-
-def _nested_hint(body: Path) -> str:
-    inner = sorted(child for child in body.iterdir() if (child / "config.json").is_file())
-    return f'Give "{inner[0]}", which has one.' if inner else "Give the folder that save_pretrained() wrote."
 
 
 def _names_in(folder: Path) -> tuple[str, ...]:
@@ -154,9 +176,11 @@ def module_folders(folder: Path) -> list[Path]:
     kinds = [str(module.get("type", "")) for module in modules]
     paths = [folder / str(module.get("path", "")) for module in modules]
     if foreign := [kind for kind in kinds if not kind.startswith("sentence_transformers.")]:
-        raise _remote_code(folder / MODULES, f"the module {foreign[0]}")
+        raise remote_code(folder / MODULES, f"the module {foreign[0]}")
     if any(not path.resolve().is_relative_to(folder) for path in paths):
-        raise _remote_code(folder / MODULES, "a module outside its folder")
+        raise remote_code(folder / MODULES, "a module outside its folder")
+    if any(part.startswith(".") for path in paths for part in path.relative_to(folder).parts):
+        raise remote_code(folder / MODULES, "a module in a hidden folder")
     return paths
 
 
@@ -164,37 +188,38 @@ def _refuse_pickles(module: Path) -> None:
     if not module.is_dir():
         return
     names = _names_in(module)
-    bad = [name for name in names if name.endswith(PICKLED)]
+    bad = [name for name in names if is_pickled(name)]
     if bad and SINGLE not in names:
         raise pickled(module / bad[0])
 
 
-def refuse_remote_code(folder: Path, files: tuple[str, ...], config: dict[str, Any]) -> None:
-    """Refuse a checkpoint that brings code, or names some to be fetched.
-
-    Raises:
-        UserError: checkpoint_remote_code.
-    """
-    if scripts := [name for name in files if name.endswith((".py", ".so", ".pyc"))]:
-        raise _remote_code(folder, f"its file {scripts[0]}")
-    for name in ("tokenizer_config.json", "processor_config.json"):
-        if name in files and "auto_map" in read_object(folder / name):
-            raise _remote_code(folder / name, "auto_map")
-    if "auto_map" in config:
-        raise _remote_code(folder / "config.json", "auto_map")
+def _is_cross_encoder(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether it scores pairs of texts: sentence-transformers says so, or its only label has no name."""
+    own = folder / "config_sentence_transformers.json"
+    if own.exists():
+        return read_object(own).get("model_type") == "CrossEncoder"
+    unnamed = _labels(config) == ("LABEL_0",) and config.get("problem_type") is None
+    return unnamed or isinstance(config.get("sentence_transformers"), dict)
 
 
-def _remote_code(where: Path, what: str) -> UserError:
-    return UserError(
-        f'"{where}" is refused: it wants to run code of its own ({what}).',
-        code="checkpoint_remote_code",
-        hint="Use a checkpoint that the installed transformers runs by itself, "
-        "or remove the code and auto_map if it does.",
-    )
+def _labels(config: dict[str, Any]) -> tuple[str, ...]:
+    """The names of a classifier's labels; transformers writes none of the two that it takes when nothing is said."""
+    said = config.get("id2label")
+    return tuple(map(str, said.values())) if isinstance(said, dict) else ("LABEL_0", "LABEL_1")
 
 
-def _require_tokenizer(folder: Path, names: set[str]) -> None:
-    if not any(names.issuperset(kind) for kind in TOKENIZERS):
+def _require_processor(folder: Path, files: tuple[str, ...]) -> None:
+    if PROCESSORS.isdisjoint(files):
+        raise UserError(
+            f'"{folder}" does not say how images or sound are prepared for it.',
+            code="checkpoint_no_processor",
+            hint="Copy preprocessor_config.json or processor_config.json from the model it was trained from.",
+        )
+
+
+def _require_tokenizer(folder: Path, names: set[str], task: Task) -> None:
+    kinds = (*TOKENIZERS, ("vocab.json",)) if task is Task.SPEAK else TOKENIZERS
+    if not any(names.issuperset(kind) for kind in kinds):
         raise UserError(
             f'"{folder}" holds no tokenizer.',
             code="checkpoint_no_tokenizer",
@@ -205,9 +230,8 @@ def _require_tokenizer(folder: Path, names: set[str]) -> None:
 def _has_chat_template(folder: Path, files: tuple[str, ...]) -> bool:
     if "chat_template.jinja" in files or "chat_template.json" in files:
         return True
-    return "tokenizer_config.json" in files and bool(
-        read_object(folder / "tokenizer_config.json").get("chat_template")
-    )
+    config = "tokenizer_config.json"
+    return config in files and bool(read_object(folder / config).get("chat_template"))
 
 
 def _max_model_len(folder: Path, config: dict[str, Any]) -> int | None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from io import RawIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from runtime.checkpoints.folder import ROOTS_VARIABLE, check_roots
 from runtime.errors import Fatal, UserError
+from runtime.secrets import first_line, redact
 
 PIECE_BYTES = 8 << 20
 PARTIAL = ".partial"
@@ -34,6 +37,52 @@ Wrote = Callable[[int], None]
 """Told how many bytes were copied since the last time; it may raise to stop the work."""
 
 
+def shown(location: str) -> str:
+    """A folder or URL as it may be shown and stored: without user, password, query and fragment."""
+    scheme, separator, rest = location.partition("://")
+    if not separator:
+        return location
+    try:
+        urlsplit(location)
+    except ValueError:
+        return f"{scheme}://…"
+    bare = re.split(r"[?#]", rest, maxsplit=1)[0]
+    host, slash, path = bare.partition("/")
+    if ":" in host and "@" in path:  # a slash in a password
+        return f"{scheme}://{bare.rpartition('@')[2]}"
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def check_location(location: str) -> None:
+    """Refuse what cannot be opened, and URLs that hold a secret, before anything is done with them.
+
+    Raises:
+        UserError: store_location, checkpoint_outside_roots.
+    """
+    if "\0" in location or "::" in location:
+        raise _no_location(location)
+    if "://" not in location:
+        return
+    try:
+        parts = urlsplit(location)
+        cut = ":" in parts.netloc and not parts.netloc.rpartition(":")[2].isdigit()  # a slash in a password
+        secret = parts.password or parts.query or parts.fragment or (cut and "@" in parts.path)
+    except ValueError:
+        raise _no_location(location) from None
+    if secret:
+        raise UserError(
+            f'The URL "{shown(location)}" holds a password or a query, which would be stored and shown.',
+            code="store_location",
+            hint="Leave it out, and give it in the environment or the service's own configuration file.",
+        )
+    if allowed := [root for root in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if root]:
+        raise UserError(
+            f'"{shown(location)}" is outside the folders that may be read.',
+            code="checkpoint_outside_roots",
+            hint=f"Allowed by {ROOTS_VARIABLE}: {', '.join(allowed)}.",
+        )
+
+
 def open_location(location: str) -> tuple[Any, str]:
     """fsspec's file system for a folder or URL, and the path in it.
 
@@ -42,26 +91,18 @@ def open_location(location: str) -> tuple[Any, str]:
     """
     import fsspec
 
-    if "\0" in location or "::" in location:
-        raise _no_location(location)
+    check_location(location)
     if "://" not in location:
         root = os.path.realpath(os.path.expanduser(location))
         check_roots(Path(root))
         return fsspec.filesystem("file"), root
-    _check_remote_roots(location)
-    if urlsplit(location).password:
-        raise UserError(
-            "The URL holds a password, which would be stored and shown.",
-            code="store_location",
-            hint="Leave it out, and give it in the environment or the service's own configuration file.",
-        )
     protocol = location.partition("://")[0].lower()
     try:
         files, root = fsspec.core.url_to_fs(location)
     except ImportError:
         package = _PACKAGES.get(protocol, f"the fsspec package for {protocol}://")
         raise UserError(
-            f'"{location}" needs a package that is not installed.',
+            f'"{shown(location)}" needs a package that is not installed.',
             code="store_package",
             hint=f"Run: pip install {package}.",
         ) from None
@@ -70,19 +111,9 @@ def open_location(location: str) -> tuple[Any, str]:
     return files, str(root)
 
 
-def _check_remote_roots(location: str) -> None:
-    allowed = [root for root in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if root]
-    if allowed:
-        raise UserError(
-            f'"{location}" is outside the folders that may be read.',
-            code="checkpoint_outside_roots",
-            hint=f"Allowed by {ROOTS_VARIABLE}: {', '.join(allowed)}.",
-        )
-
-
 def _no_location(location: str) -> UserError:
     return UserError(
-        f'"{location}" is neither a folder nor a URL that can be opened.',
+        f'"{shown(location)}" is neither a folder nor a URL that can be opened.',
         code="store_location",
         hint="Give a folder, or a URL such as s3://bucket/models.",
     )
@@ -91,16 +122,16 @@ def _no_location(location: str) -> UserError:
 def unreachable(location: str, error: OSError) -> UserError:
     """The error for a folder or service that does not answer."""
     return UserError(
-        f'"{location}" cannot be read or written: {reason(error)}.',
+        f'"{shown(location)}" cannot be read or written: {reason(error)}.',
         code="store_unreachable",
         hint="Check the address, the rights and the credentials; for s3, AWS_ENDPOINT_URL and AWS_ACCESS_KEY_ID.",
     )
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in a line."""
+    """What went wrong, in a line without keys."""
     said = error.strerror if isinstance(error, OSError) else None
-    return (said or type(error).__name__).splitlines()[0][:200]
+    return redact(said.splitlines()[0])[:200] if said else first_line(error)
 
 
 def fetch_files(files: Any, wanted: Mapping[str, tuple[str, str]], folder: Path, wrote: Wrote) -> None:
@@ -149,11 +180,14 @@ def safe_name(name: str) -> str:
     return name
 
 
-def pump(source: BinaryIO, target: BinaryIO, wrote: Wrote) -> str:
-    """Copy all bytes; their SHA-256 in hexadecimal."""
+def pump(source: RawIOBase, target: BinaryIO, wrote: Wrote) -> str:
+    """Copy all bytes; their SHA-256 in hexadecimal, made while they are written."""
     made = hashlib.sha256()
-    while piece := source.read(PIECE_BYTES):
-        made.update(piece)
-        target.write(piece)
-        wrote(len(piece))
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    with ThreadPoolExecutor(1) as hashing:
+        while count := source.readinto(buffer) or 0:
+            hashed = hashing.submit(made.update, buffer[:count])
+            target.write(buffer[:count])
+            hashed.result()
+            wrote(count)
     return made.hexdigest()

@@ -5,17 +5,20 @@ Alone because it is the only part of converting that loads models: one after the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.initialization import no_init_weights
 
-from runtime.checkpoints.folder import read_object
-from runtime.checkpoints.skeleton import MAX_CAUSE_CHARS
+from runtime.checkpoints.model_config import read_config
+from runtime.checkpoints.skeleton import tied
 from runtime.checkpoints.tensors import Stored
-from runtime.errors import UserError
+from runtime.errors import SqlextError, UserError
+from runtime.secrets import first_line
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and nobody asks why.",
@@ -39,33 +42,60 @@ def largest_difference(first: Callable[[], Any], second: Callable[[], Any], fold
         ids = _ids(folder)
         expected = _outputs(first(), ids)
         found = _outputs(second(), ids)
+        difference = float(torch.stack([(a - b).abs().max() for a, b in zip(expected, found, strict=True)]).max())
+    except SqlextError:
+        raise
     except Exception as error:  # of transformers, which may not know the model or find no tokenizer
-        cause = next(iter(str(error).splitlines()), "")[:MAX_CAUSE_CHARS]
-        raise UserError(
-            f"The result is there, but its logits could not be compared: {type(error).__name__}: {cause}",
-            code="check_failed",
-            hint="Leave check out: only models that the installed transformers loads, with a tokenizer, compare.",
-        ) from None
-    return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+        raise _failed(f"could not be compared ({first_line(error)})") from None
+    if not math.isfinite(difference):
+        raise _failed("are not all finite")
+    return difference
 
 
-def saved(folder: Path, dtype: torch.dtype, *, pickled: bool = False, gguf_file: str | None = None) -> Any:
-    """The model in a folder, in evaluation mode on the CPU."""
-    kind = _kind(folder) if gguf_file is None else transformers.AutoModelForCausalLM
-    more = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": not pickled}
+def saved(path: Path, dtype: torch.dtype | str, *, pickled: bool | None = None) -> Any:
+    """The model in a folder, or of a GGUF file, in evaluation mode on the CPU.
+
+    Args:
+        dtype: 'auto' for its own.
+        pickled: whether its pickled weights are to be read; None for those that are there.
+    """
+    more: dict[str, Any]
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if files:
+        kind, more = transformers.AutoModelForCausalLM, {"gguf_file": files[0].name}
+    else:
+        unsafe = any(path.glob("*.bin")) if pickled is None else pickled
+        kind, more = _kind(path), {"use_safetensors": not unsafe}
+    folder = path.parent if path.is_file() else path
     return kind.from_pretrained(folder, dtype=dtype, **more, **_LOCAL).eval()
 
 
-def of_tensors(folder: Path, tensors: dict[str, Stored], dtype: torch.dtype) -> Any:
-    """The model of the folder's config.json with these weights."""
+def of_tensors(folder: Path, tensors: Mapping[str, Stored], dtype: torch.dtype) -> Any:
+    """The model of the folder's config.json with these weights, which are read into it piece by piece."""
     config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
-    model = _kind(folder)._from_config(config, dtype=dtype)  # with the buffers that no checkpoint holds
-    model.load_state_dict({name: tensor.load().to(dtype) for name, tensor in tensors.items()}, strict=False)
+    with no_init_weights():
+        model = _kind(folder)._from_config(config, dtype=dtype)  # with the buffers that no checkpoint holds
+    for name, parameter in model.state_dict().items():
+        if name in tensors:
+            flat, at = parameter.view(-1), 0
+            for piece in tensors[name].pieces():
+                flat[at : at + piece.numel()] = piece
+                at += piece.numel()
+        elif name not in tied(model):
+            raise _failed(f"need the weight {name}, which was not found")
     return model.eval()
 
 
+def _failed(why: str) -> UserError:
+    return UserError(
+        f"Nothing was made: the logits of the result {why}.",
+        code="check_failed",
+        hint="Leave check out: only models that the installed transformers loads, with a tokenizer, compare.",
+    )
+
+
 def _kind(folder: Path) -> Any:
-    return getattr(transformers, read_object(folder / "config.json")["architectures"][0])
+    return getattr(transformers, read_config(folder)["architectures"][0])
 
 
 @torch.inference_mode()

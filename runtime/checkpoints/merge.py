@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,17 @@ from runtime.checkpoints.convert import (
     Progress,
     ignore_progress,
     joined,
+    main_dtype,
     refuse_quantized,
     write_model,
 )
-from runtime.checkpoints.model_folder import Shards, open_model
+from runtime.checkpoints.model_folder import ModelFolder, Shards, open_model
 from runtime.checkpoints.output import output_path
 from runtime.checkpoints.pickles import load_tensors
 from runtime.checkpoints.skeleton import skeleton, tied
 from runtime.checkpoints.tensors import Stored, cast, dtype_named, in_memory, one_thread, read_safetensors
-from runtime.checkpoints.weights import INDEX, SINGLE
 from runtime.errors import UserError
+from runtime.secrets import first_line
 
 _HALF = (torch.float16, torch.bfloat16)
 _EMBEDDINGS = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "wte.weight", "wte.base_layer.weight")
@@ -52,7 +53,7 @@ class Merge:
         model: folder of the base; '' = the one that the adapter comes with or names.
         dtype: number type of the result, in which the base is also read; '' = the base's own.
         allow_pickle: read pickled weights, as numbers alone.
-        check: compare the logits of the result with those of peft's own merge.
+        check: compare the logits of the result with those of peft's own merge in the base's number type.
     """
 
     adapter: str
@@ -73,31 +74,29 @@ def merge(wanted: Merge, progress: Progress = ignore_progress) -> Converted:
     """
     begun = time.monotonic()
     adapter = open_adapter(wanted.adapter, allow_pickle=wanted.allow_pickle)
-    model = open_model(wanted.model or require_base(adapter), allow_pickle=wanted.allow_pickle)
-    refuse_quantized(model)
-    target = output_path(wanted.target, overwrite=wanted.overwrite, inputs=[model.path, adapter.path])
+    base = open_model(wanted.model or require_base(adapter), allow_pickle=wanted.allow_pickle)
+    refuse_quantized(base)
+    target = output_path(wanted.target, overwrite=wanted.overwrite, inputs=[base.path, adapter.path])
     dtype = dtype_named(wanted.dtype) if wanted.dtype else None
     shards = {
         stem: {name: cast(tensor, dtype) if dtype else tensor for name, tensor in shard.items()}
-        for stem, shard in model.shards.items()
+        for stem, shard in base.shards.items()
     }
-    changes = _Changes.of(model.path, adapter)
-    output = Output(target, wanted.overwrite, progress, begun)
-    made = write_model(
-        model, changes.applied(shards, adapter), output, config=changes.config(shards), adapter=adapter
+    changes = _Changes.of(base.path, adapter)
+    output = Output(
+        target, wanted.overwrite, progress, begun, _check(base, adapter, changes) if wanted.check else None
     )
-    return _checked(made, model.path, adapter, changes) if wanted.check else made
+    return write_model(base, changes.applied(shards, adapter), output, config=changes.config(shards), adapter=adapter)
 
 
-def _checked(made: Converted, base: Path, adapter: Adapter, changes: _Changes) -> Converted:
-    """What was made, with how far its logits are from those of the base with its adapter."""
+def _check(base: ModelFolder, adapter: Adapter, changes: _Changes) -> Callable[[Path], float]:
+    """How far the logits of a result are from those of the base with its adapter."""
     from runtime.checkpoints.logits import largest_difference, saved
 
-    dtype = getattr(torch, made.dtype)
-    pickled = not any((base / name).exists() for name in (SINGLE, INDEX))
+    own = main_dtype(list(joined(base.shards).values()))
 
     def by_peft() -> Any:
-        model = saved(base, dtype, pickled=pickled)
+        model = saved(base.path, own, pickled=base.suffix == ".bin")
         rows = _vocabulary(changes.replaced)
         if rows and rows != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows, mean_resizing=False)
@@ -105,8 +104,7 @@ def _checked(made: Converted, base: Path, adapter: Adapter, changes: _Changes) -
         # peft merges into tied embeddings twice; there the adapter stays beside the weights.
         return model.eval() if changes.untied() else model.merge_and_unload().eval()
 
-    difference = largest_difference(by_peft, lambda: saved(Path(made.path), dtype), Path(made.path))
-    return replace(made, max_logit_difference=difference)
+    return lambda place: largest_difference(by_peft, lambda: saved(place, "auto"), place)
 
 
 def merge_into(model: Any, base: Path, adapter: Adapter) -> None:
@@ -261,8 +259,7 @@ def _prepared(base: Path, adapter: Adapter, state: Mapping[str, torch.Tensor]) -
             with _seemingly_there(body):
                 report = set_peft_model_state_dict(body, dict(state), low_cpu_mem_usage=True)
     except Exception as error:  # peft says in many ways that the two do not belong together
-        cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise _mismatch(adapter, cause[:300]) from None
+        raise _mismatch(adapter, first_line(error)) from None
     lacking = [name for name in report.missing_keys if ".lora_" in name or ".modules_to_save." in name]
     if report.unexpected_keys or lacking:
         first = (report.unexpected_keys or lacking)[0]

@@ -18,13 +18,15 @@ _GENERATE = (
     *("chatglm", "chatglm2", "chatglm3", "chatglm6b", "zephyr", "baichuan", "baichuan2", "starcode", "starcoder"),
 )
 _EMBED = ("bge", "m3e")
-_LATER = {
-    "bark": "speech",
-    "whisper": "speech",
-    "qwen_vl_chat": "vision",
-    "visualglm": "vision",
-    "stable_diffusion": "image",
-    "bge_rerank": "reranking",
+_TASKS = {
+    **dict.fromkeys(_GENERATE, Task.GENERATE),
+    **dict.fromkeys(_EMBED, Task.EMBED),
+    "qwen_vl_chat": Task.GENERATE,
+    "visualglm": Task.GENERATE,
+    "bge_rerank": Task.RANK,
+    "stable_diffusion": Task.DRAW,
+    "whisper": Task.TRANSCRIBE,
+    "bark": Task.SPEAK,
 }
 _SAAS = {"openai": "openai", "official_openai": "openai"}
 _SAAS_LATER = (
@@ -64,12 +66,8 @@ def pretrained_model_type(word: str) -> ModelType:
     if kind in ("", "custom"):
         if name == "auto":
             return ModelType()
-        if name in _GENERATE:
-            return ModelType(Task.GENERATE)
-        if name in _EMBED:
-            return ModelType(Task.EMBED)
-        if name in _LATER:
-            raise _unavailable(word, f"{_LATER[name]} models")
+        if name in _TASKS:
+            return ModelType(_TASKS[name])
     if kind == "saas" and name in _SAAS:
         return ModelType(remote=_SAAS[name])
     if kind == "saas" and name in _SAAS_LATER:
@@ -81,14 +79,14 @@ def _unavailable(word: str, what: str) -> UserError:
     return UserError(
         f'pretrainedModelType="{word}": {what} are not available yet.',
         code="model_type_unavailable",
-        hint="Text generation, embedding and classification checkpoints can be deployed "
-        f'with pretrainedModelType="{AUTO}", and OpenAI-compatible services with "saas/openai".',
+        hint=f'Checkpoints can be deployed with pretrainedModelType="{AUTO}", and OpenAI-compatible services with '
+        '"saas/openai".',
     )
 
 
 def _unknown(word: str, kind: str, name: str) -> UserError:
     prefix = "saas" if kind and did_you_mean(kind, ("saas", "custom")) == "saas" else "custom"
-    known = (*_SAAS, *_SAAS_LATER) if prefix == "saas" else ("auto", *_GENERATE, *_EMBED, *_LATER)
+    known = (*_SAAS, *_SAAS_LATER) if prefix == "saas" else ("auto", *_TASKS)
     near = did_you_mean(name, known)
     hint = f'Did you mean "{prefix}/{near}"?' if near else f'Write "{AUTO}": the checkpoint says what it is.'
     return UserError(f'There is no pretrainedModelType "{word}".', code="model_type_unknown", hint=hint)

@@ -11,16 +11,20 @@ import json
 import os
 import re
 import shutil
-import socket
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from runtime.checkpoints.folder import check_roots
+from runtime.checkpoints.fingerprint import SKIPPED_NAMES
+from runtime.checkpoints.folder import check_roots, read_json
+from runtime.checkpoints.gguf_header import MAGIC, is_gguf
+from runtime.checkpoints.inspect import module_folders
+from runtime.checkpoints.locks import hold, new_folder
 from runtime.checkpoints.model_folder import BIN_INDEX, Shards
 from runtime.checkpoints.pickles import load_pickled, numbers
 from runtime.checkpoints.tensors import SAFETENSORS_NAMES, Stored
@@ -29,7 +33,13 @@ from runtime.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_MODEL_FILES = ("config.json", "adapter_config.json")
+_KINDS = {"config.json": "model_type", "adapter_config.json": "peft_type"}  # and what each of them must say
+_SUFFIXES = (
+    *(".json", ".safetensors", ".bin", ".gguf", ".txt", ".model", ".jinja", ".tiktoken", ".md"),
+    ".gitattributes",
+)
+_REPLACED = "replaced"  # what was there before, until the new one is
+_LEFTOVER = ".partial"
 
 Wrote = Callable[[int], None]
 """Told how many bytes were written since the last time; it may raise to stop the work."""
@@ -42,7 +52,8 @@ def output_path(path: str, *, overwrite: bool, inputs: Iterable[Path]) -> Path:
         inputs: folders that are read, and must not be replaced.
 
     Raises:
-        UserError: output_missing, output_exists, output_is_input, output_foreign, checkpoint_outside_roots.
+        UserError: output_missing, output_remote, output_exists, output_is_input, output_foreign,
+            checkpoint_outside_roots.
     """
     if not path or "\0" in path:
         raise UserError(
@@ -50,8 +61,16 @@ def output_path(path: str, *, overwrite: bool, inputs: Iterable[Path]) -> Path:
             code="output_missing",
             hint='Add AND savePath="/path/for/the/result".',
         )
+    if "://" in path:
+        raise UserError(
+            "savePath is a folder of this machine, not a URL.",
+            code="output_remote",
+            hint='Save it in a folder, and bring that to the store: action="import" AND store="s3://bucket/models".',
+        )
     target = Path(os.path.realpath(os.path.expanduser(path)))
     check_roots(target)
+    if target.parent.is_dir():
+        _settle_leftovers(target)
     if any(source == target or source.is_relative_to(target) for source in inputs):
         raise UserError(
             f'"{target}" is read, or holds what is read; the result needs a place of its own.',
@@ -66,9 +85,9 @@ def output_path(path: str, *, overwrite: bool, inputs: Iterable[Path]) -> Path:
             code="output_exists",
             hint='Choose another savePath, or add AND overwrite="true" to replace it.',
         )
-    if not _is_model(target):
+    if foreign := _foreign(target):
         raise UserError(
-            f'"{target}" holds no model, so it is not replaced.',
+            f'"{target}" {foreign}, so it is not replaced.',
             code="output_foreign",
             hint="Choose another savePath, or empty the folder yourself.",
         )
@@ -79,10 +98,39 @@ def _occupied(target: Path) -> bool:
     return target.exists() and not (target.is_dir() and not any(target.iterdir()))
 
 
-def _is_model(target: Path) -> bool:
-    if target.is_file():
-        return target.suffix == ".gguf"
-    return any((target / name).exists() for name in _MODEL_FILES) or any(target.glob("*.gguf"))
+def _foreign(target: Path) -> str:
+    """Why what is there is not a model and nothing else; '' when it is."""
+    if not target.is_dir():
+        return "" if _begins_as_gguf(target) else "is no model"
+    if not any(_says(target / name, key) for name, key in _KINDS.items()) and not any(
+        is_gguf(file.name) and _begins_as_gguf(file) for file in target.iterdir()
+    ):
+        return "holds no model"
+    inner = {module.name for module in module_folders(target)}
+    for child in target.iterdir():
+        if child.is_dir() and child.name not in inner:
+            return f'holds the folder "{child.name}", which is no part of a model'
+        for file in child.iterdir() if child.is_dir() else [child]:
+            known = file.name.lower().endswith(_SUFFIXES) or file.name.upper().startswith(SKIPPED_NAMES)
+            if file.is_dir() or not known:
+                return f'holds "{file.relative_to(target)}", which is no part of a model'
+    return ""
+
+
+def _begins_as_gguf(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC
+
+
+def _says(file: Path, key: str) -> bool:
+    """Whether a JSON file is there that says something of `key`."""
+    try:
+        said = read_json(file) if file.is_file() else None
+    except UserError:
+        return False
+    return isinstance(said, dict) and bool(said.get(key))
 
 
 @contextmanager
@@ -98,9 +146,9 @@ def whole(target: Path, *, overwrite: bool = False, bytes_needed: int = 0) -> It
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
+        _settle_leftovers(target)
         _require_room(target, bytes_needed)
-        place = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".partial", dir=target.parent))
+        place, handle = new_folder(target.parent, _prefix(target), _LEFTOVER)
     except OSError as error:
         raise _unwritable(target, error) from None
     try:
@@ -112,20 +160,20 @@ def whole(target: Path, *, overwrite: bool = False, bytes_needed: int = 0) -> It
             raise
         raise _disk_full(target) from None
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):
+            _settle(place, target)
+        if handle is not None:
+            os.close(handle)
 
 
 def _put(place: Path, target: Path, overwrite: bool) -> None:
-    new, old = place / target.name, place / "replaced"
     if overwrite and _occupied(target):
-        os.rename(target, old)
+        os.rename(target, place / _REPLACED)
     try:
         if _occupied(target):  # os.rename would replace a file
             raise FileExistsError
-        os.rename(new, target)
+        os.rename(place / target.name, target)
     except OSError as error:
-        if old.exists():
-            os.rename(old, target)
         if isinstance(error, FileExistsError) or error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
             raise UserError(
                 f'"{target}" has appeared while the result was made.',
@@ -137,25 +185,28 @@ def _put(place: Path, target: Path, overwrite: bool) -> None:
 
 
 def _prefix(target: Path) -> str:
-    return f".{target.name}.{socket.gethostname()}-{os.getpid()}-"
+    return f".{target.name}."
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Remove what killed processes of this machine have left beside `target`."""
-    ours = re.compile(re.escape(f".{target.name}.{socket.gethostname()}-") + r"(\d+)-\w+\.partial")
+def _settle_leftovers(target: Path) -> None:
+    """Settle what killed processes have left beside `target`; what a process works in is left alone."""
+    ours = re.compile(re.escape(_prefix(target)) + r"\w+" + re.escape(_LEFTOVER))
     for entry in target.parent.iterdir():
-        if (match := ours.fullmatch(entry.name)) and not _alive(int(match[1])):
-            shutil.rmtree(entry, ignore_errors=True)
+        if ours.fullmatch(entry.name) and (handle := hold(entry)) is not None:
+            with suppress(OSError):
+                _settle(entry, target)
+            os.close(handle)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+def _settle(place: Path, target: Path) -> None:
+    """Remove the place where an output was made. What it was to replace goes back when nothing took its place.
+
+    Raises:
+        OSError: it cannot go back; everything stays.
+    """
+    if (place / _REPLACED).exists() and not _occupied(target):
+        os.rename(place / _REPLACED, target)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _require_room(target: Path, bytes_needed: int) -> None:
@@ -217,10 +268,16 @@ def write_weights(folder: Path, shards: Shards, suffix: str, wrote: Wrote) -> No
     safe = suffix == ".safetensors"
     write = write_safetensors if safe else write_bin
     stem = "model" if safe else "pytorch_model"
-    names = {old: f"{stem}{suffix}" if len(shards) == 1 else f"{_renamed(old, stem)}{suffix}" for old in shards}
-    for old, tensors in shards.items():
-        write(folder / names[old], tensors, wrote)
-        _sync(folder / names[old])  # now, not at the end: a pile of unwritten pages slows all writing down
+    names = _names(list(shards), stem, suffix)
+    with ThreadPoolExecutor(1) as syncing:
+        synced: list[Future[None]] = []
+        for old, tensors in shards.items():
+            write(folder / names[old], tensors, wrote)
+            # Now, one file behind the writing: a pile of unwritten pages slows all writing down.
+            synced.append(syncing.submit(_sync, folder / names[old]))
+            if len(synced) > 1:
+                synced[-2].result()
+        synced[-1].result()
     if len(shards) > 1:
         total = sum(tensor.bytes for tensors in shards.values() for tensor in tensors.values())
         index = {
@@ -228,6 +285,16 @@ def write_weights(folder: Path, shards: Shards, suffix: str, wrote: Wrote) -> No
             "weight_map": {name: names[old] for old, tensors in shards.items() for name in tensors},
         }
         write_json(folder / (INDEX if safe else BIN_INDEX), index)
+
+
+def _names(shards: list[str], stem: str, suffix: str) -> dict[str, str]:
+    """Names of the files of shards; where two of them would be called alike, all are numbered."""
+    if len(shards) == 1:
+        return {shards[0]: f"{stem}{suffix}"}
+    names = {old: f"{_renamed(old, stem)}{suffix}" for old in shards}
+    if len(set(names.values())) == len(shards):
+        return names
+    return {old: f"{stem}-{number:05}-of-{len(shards):05}{suffix}" for number, old in enumerate(shards, 1)}
 
 
 def _renamed(old: str, stem: str) -> str:
@@ -261,8 +328,8 @@ def write_safetensors(file: Path, tensors: Mapping[str, Stored], wrote: Wrote) -
     raw += b" " * (-len(raw) % 8)
     with file.open("wb") as stream:
         stream.write(len(raw).to_bytes(8, "little") + raw)
-        for _, tensor in ordered:
-            _write(stream, tensor, wrote)
+        for _, pieces in _begun_ahead(ordered):
+            _write(stream, pieces, wrote)
 
 
 def write_bin(file: Path, tensors: Mapping[str, Stored], wrote: Wrote) -> None:
@@ -275,13 +342,31 @@ def write_bin(file: Path, tensors: Mapping[str, Stored], wrote: Wrote) -> None:
         torch.save({name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}, file)
     places = {name: numbers(file, tensor).offset for name, tensor in load_pickled(file).items()}
     with file.open("r+b") as stream:
-        for name, tensor in tensors.items():
+        for name, pieces in _begun_ahead(tensors.items()):
             stream.seek(places[name])
-            _write(stream, tensor, wrote)
+            _write(stream, pieces, wrote)
 
 
-def _write(stream: BinaryIO, tensor: Stored, wrote: Wrote) -> None:
-    for piece in tensor.pieces():
+def _begun_ahead(tensors: Iterable[tuple[str, Stored]]) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
+    """Names and pieces of tensors; while one is written the next is begun, which is all the work for a merged one."""
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as ahead:
+        before: tuple[str, Future[Iterable[torch.Tensor]]] | None = None
+        for name, tensor in tensors:
+            begun = ahead.submit(_begin, tensor)
+            if before:
+                yield before[0], before[1].result()
+            before = name, begun
+        if before:
+            yield before[0], before[1].result()
+
+
+def _begin(tensor: Stored) -> Iterable[torch.Tensor]:
+    pieces = iter(tensor.pieces())
+    return chain(list(islice(pieces, 1)), pieces)
+
+
+def _write(stream: BinaryIO, pieces: Iterable[torch.Tensor], wrote: Wrote) -> None:
+    for piece in pieces:
         stream.write(memoryview(piece.contiguous().view(torch.uint8).numpy()))
         wrote(piece.nbytes)
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runtime.checkpoints.adapter import CONFIG, WEIGHTS, is_adapter, open_adapter
-from runtime.checkpoints.folder import list_files, open_folder, read_object, read_objects, unreadable
-from runtime.checkpoints.inspect import MODULES, Checkpoint, inspect
+from runtime.checkpoints.folder import list_files, open_file, open_folder, read_object, read_text, unreadable
+from runtime.checkpoints.gguf_header import SUFFIX, bits_of, gguf_files, is_gguf, read_gguf
+from runtime.checkpoints.inspect import MODULES, Checkpoint, inspect, module_folders
+from runtime.checkpoints.model_config import check_types, quantization_of, read_config
+from runtime.checkpoints.pipelines import PIPELINE
 from runtime.checkpoints.weights import check_file, check_weights, read_header
 from runtime.errors import ErrorInfo, UserError
 from runtime.spec import Task
@@ -73,8 +76,10 @@ class Profile:
     """What is known of a checkpoint; None = it does not say.
 
     Attributes:
-        path: real path of the folder.
+        path: real path of the folder, or of a GGUF file.
+        format: how its weights are stored: 'safetensors' or 'gguf'.
         task: what it answers; None where no engine here can run it.
+        images: it reads images beside the text.
         model_arch: config.json's model_type.
         seq_length: tokens it was built to read.
         parameters: numbers in its weights; quantized weights count as the numbers they stand for.
@@ -104,10 +109,12 @@ class Profile:
     additional_tokens: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     refusal: ErrorInfo | None = None
+    format: str = "safetensors"
+    images: bool = False
 
 
 def profile(path: str, *, hashes: bool = False) -> Profile:
-    """Describe the checkpoint in the folder `path`.
+    """Describe the checkpoint in the folder `path`, or in a GGUF file.
 
     Args:
         hashes: read every file for its SHA-256.
@@ -115,9 +122,15 @@ def profile(path: str, *, hashes: bool = False) -> Profile:
     Raises:
         UserError: as `inspect`, for a folder that is not there, holds no checkpoint, or is damaged.
     """
-    folder = open_folder(path)
+    folder = open_folder(path, SUFFIX)
+    if folder.is_file():
+        return _gguf(folder, hashes)
     names = list_files(folder)
+    if not (folder / "config.json").exists() and any(is_gguf(name) for name in names):
+        return _gguf(folder, hashes)
     files = _files(folder, names, hashes)
+    if PIPELINE in names:
+        return _pipeline(folder, files)
     if is_adapter(folder):
         return _adapter(folder, files)
     return _model(folder, files)
@@ -126,7 +139,7 @@ def profile(path: str, *, hashes: bool = False) -> Profile:
 def _model(folder: Path, files: tuple[File, ...]) -> Profile:
     found, refusal = _gates(folder)
     body = _body(folder)
-    config = read_object(body / "config.json")
+    config = read_config(body)
     text = config.get("text_config") or config
     weights = [file for file in files if _is_weight(file.name, folder, body)]
     quantization = _quantization(config)
@@ -145,7 +158,26 @@ def _model(folder: Path, files: tuple[File, ...]) -> Profile:
         quantization=quantization,
         config=text,
         refusal=refusal,
+        images=bool(found and found.images),
         **_words(folder),
+    )
+
+
+def _pipeline(folder: Path, files: tuple[File, ...]) -> Profile:
+    """A folder of diffusers."""
+    found = inspect(str(folder))
+    return Profile(
+        path=str(folder),
+        task=found.task,
+        model_arch=found.architectures[0],
+        architectures=found.architectures,
+        seq_length=None,
+        vocab_size=found.vocab_size,
+        parameters=found.num_parameters,
+        dtype=found.dtype,
+        bytes=found.bytes,
+        weights_bytes=sum(file.bytes for file in files if file.name.endswith(".safetensors")),
+        files=files,
     )
 
 
@@ -159,7 +191,8 @@ def _adapter(folder: Path, files: tuple[File, ...]) -> Profile:
         if error.code not in _DESCRIBED_ADAPTER:
             raise
         refusal = error.info
-    targets = config.get("target_modules") or ()
+    targets, alpha = config.get("target_modules") or (), config.get("lora_alpha")
+    targets = targets if isinstance(targets, str | list) else ()
     kind = str(config.get("peft_type") or "LORA")
     kind += " (DoRA)" if config.get("use_dora") else " (rsLoRA)" if config.get("use_rslora") else ""
     return Profile(
@@ -179,11 +212,67 @@ def _adapter(folder: Path, files: tuple[File, ...]) -> Profile:
             str(config.get("base_model_name_or_path") or ""),
             base,
             _number(config, "r"),
-            config.get("lora_alpha"),
-            (targets,) if isinstance(targets, str) else tuple(sorted(str(name) for name in targets)),
+            float(alpha) if isinstance(alpha, int | float) and not isinstance(alpha, bool) else None,
+            (targets,) if isinstance(targets, str) else tuple(sorted(map(str, targets))),
         ),
         refusal=refusal,
         **_words(folder),
+    )
+
+
+_GGUF_SIZES = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+}
+_GGUF_TOKENS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # spelt so there
+_GGUF_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _gguf(place: Path, hashes: bool) -> Profile:
+    """The model of a GGUF file, or of the one in a folder."""
+    folder = place if place.is_dir() else place.parent
+    beside = list_files(folder) if place.is_dir() else tuple(each.name for each in folder.iterdir())
+    parts = gguf_files(place, beside)
+    heads = [read_gguf(folder / part) for part in parts]
+    first = heads[0]
+    counted: dict[str, int] = {}
+    for kind, count in (pair for head in heads for pair in head.counted.items()):
+        counted[kind] = counted.get(kind, 0) + count
+    main = max(counted, key=lambda kind: counted[kind], default="F32")
+    config = {name: value for key, name in _GGUF_SIZES.items() if (value := first.of_model(key)) is not None}
+    config["vocab_size"] = len(first.tokens) or first.of_model("vocab_size")
+    check_types(folder / parts[0], config)
+    files = _files(folder, beside if place.is_dir() else parts, hashes)
+    named = {
+        short: first.values.get(f"tokenizer.ggml.{_GGUF_TOKENS.get(short, short)}_token_id")
+        for short in SPECIAL_TOKENS
+    }
+    return Profile(
+        path=str(place),
+        task=Task.EMBED if first.of_model("pooling_type") is not None else Task.GENERATE,
+        model_arch=first.architecture or None,
+        architectures=(),
+        seq_length=_whole(first.of_model("context_length")),
+        vocab_size=_whole(config["vocab_size"]),
+        parameters=sum(counted.values()),
+        dtype=_GGUF_NAMES.get(main, main.lower()),
+        bytes=sum(file.bytes for file in files),
+        weights_bytes=sum(file.bytes for file in files if file.name in parts),
+        files=files,
+        quantization=None if main in _GGUF_NAMES else Quantization("gguf", bits_of(main), None),
+        chat_template=_text(first.values.get("tokenizer.chat_template")),
+        special_tokens={
+            short: first.tokens[number]
+            for short, number in named.items()
+            if isinstance(number, int) and 0 <= number < len(first.tokens)
+        },
+        config=config,
+        format="gguf",
     )
 
 
@@ -201,8 +290,10 @@ def _body(folder: Path) -> Path:
     """Where the transformer itself lies."""
     if not (folder / MODULES).exists():
         return folder
-    first = folder / str(read_objects(folder / MODULES)[0].get("path", ""))
-    return first if first.resolve().is_relative_to(folder) else folder
+    try:
+        return module_folders(folder)[0]
+    except UserError:  # told by the gates
+        return folder
 
 
 def _is_weight(name: str, folder: Path, body: Path) -> bool:
@@ -222,7 +313,7 @@ def _files(folder: Path, names: tuple[str, ...], hashes: bool) -> tuple[File, ..
 
 def sha256_of(file: Path) -> str:
     """SHA-256 of a file's content in hexadecimal, as `sha256sum` prints it."""
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -230,8 +321,8 @@ def sha256_of(file: Path) -> str:
 
 
 def _quantization(config: Mapping[str, Any]) -> Quantization | None:
-    said = config.get("quantization_config") or config.get("compression_config")
-    if not isinstance(said, dict):
+    said = quantization_of(config)
+    if not said:
         return None
     method = str(said.get("quant_method") or "unknown").lower()
     bits = _number(said, "bits", "w_bit")
@@ -281,8 +372,11 @@ def _tensors(body: Path) -> list[tuple[str, str, int]]:
 
 def _number(config: Mapping[str, Any], *keys: str) -> int | None:
     """The first of these keys that holds a positive whole number."""
-    values = (config.get(key) for key in keys)
-    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+    return next((number for key in keys if (number := _whole(config.get(key)))), None)
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 # -- words -----------------------------------------------------------------------------------------------------
@@ -297,6 +391,7 @@ def _words(folder: Path) -> dict[str, Any]:
     tokens = {short: token for short in SPECIAL_TOKENS if (token := _token(said.get(f"{short}_token")))}
     further_tokens = said.get("additional_special_tokens") or said.get("extra_special_tokens") or ()
     additional = further_tokens.values() if isinstance(further_tokens, dict) else further_tokens
+    additional = additional if isinstance(additional, Iterable) else ()
     return {
         "chat_template": _chat_template(folder, said),
         "special_tokens": tokens,
@@ -307,16 +402,7 @@ def _words(folder: Path) -> dict[str, Any]:
 def _chat_template(folder: Path, said: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
-        try:
-            return file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise unreadable(file, error) from None
-        except UnicodeDecodeError:
-            raise UserError(
-                f'"{file}" is damaged: it is not UTF-8 text.',
-                code="checkpoint_config",
-                hint="Copy the checkpoint again.",
-            ) from None
+        return read_text(file)
     if (folder / "chat_template.json").exists():
         said = read_object(folder / "chat_template.json")
     template = said.get("chat_template")

@@ -15,8 +15,7 @@ import transformers
 
 from runtime.checkpoints.tensors import Stored
 from runtime.errors import SqlextError, UserError
-
-MAX_CAUSE_CHARS = 300
+from runtime.secrets import first_line
 
 
 def skeleton(folder: Path, **changes: Any) -> Any:
@@ -44,9 +43,8 @@ def skeleton(folder: Path, **changes: Any) -> Any:
     except SqlextError:
         raise
     except Exception as error:
-        cause = next(iter(str(error).splitlines()), "")[:MAX_CAUSE_CHARS]
         raise UserError(
-            f'"{folder}/config.json" does not describe a model: {type(error).__name__}: {cause}',
+            f'"{folder}/config.json" does not describe a model ({first_line(error)}).',
             code="checkpoint_unsupported",
             hint="Give the folder of the model that was trained, with its config.json.",
         ) from None

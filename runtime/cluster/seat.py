@@ -15,15 +15,14 @@ from runtime.cluster import actors, worker
 from runtime.cluster.actors import Handle
 from runtime.cluster.connection import ray
 from runtime.cluster.failure import Failure
+from runtime.cluster.parcels import Parcel
 from runtime.errors import Fatal, OutOfMemory, RowError, WorkerLost
-from runtime.spec import Answers, Batch, EngineInfo, PoolSpec
+from runtime.spec import Answers, Batch, Delta, EngineInfo, PoolSpec
 
 ANSWER_TIMEOUT_S = 5.0  # for questions that a healthy worker answers in milliseconds
 START_TIMEOUT_S = 60.0  # for a process to be there again
 MAX_DEATHS = 3
 POLL_S = 0.05
-
-CLIENT = uuid.uuid4().hex[:12]  # batch ids are only unique within one process
 
 
 class WorkerGone(Exception):
@@ -44,10 +43,11 @@ class Seat:
         self._name = f'worker {index} of "{model}"'
         self._handle = handle
         self._pool = pool
+        self._client = uuid.uuid4().hex[:12]  # batch ids are only unique within what sits here
         self._lost = threading.Event()  # died, and not seen alive since
         self._reviving = threading.Lock()
 
-    def run(self, batch: Batch) -> Iterator[Answers]:
+    def run(self, batch: Batch) -> Iterator[Answers | Delta]:
         """Answer a batch; first waits for the worker when it is being replaced.
 
         Raises:
@@ -56,7 +56,7 @@ class Seat:
             SqlextError: what the engine raised.
         """
         self._revive()
-        key = _key(batch.id)
+        key = self._key(batch.id)
         run = self._handle.run.options(num_returns="streaming", concurrency_group=worker.RUN_GROUP)
         ended = False
         try:
@@ -100,13 +100,13 @@ class Seat:
 
     def cancel(self, batch_id: int) -> None:
         """Ask the worker to end that batch soon; returns at once."""
-        actors.control(self._handle, "cancel", _key(batch_id))
+        actors.control(self._handle, "cancel", self._key(batch_id))
 
     def loaded(self) -> EngineInfo:
         """What the engine says of itself; waits for it to be loaded. Raises as `run`."""
         return self._revived()
 
-    def _stream(self, stream: Any) -> Iterator[tuple[Answers, ...] | Failure]:
+    def _stream(self, stream: Any) -> Iterator[Parcel | Failure]:
         """The parcels of a run; kills the worker when something on it takes longer than it may."""
         deadline = time.monotonic() + self._pool.batch_timeout_s
         while True:
@@ -184,6 +184,5 @@ class Seat:
                 raise ray.exceptions.GetTimeoutError
             time.sleep(POLL_S)
 
-
-def _key(batch_id: int) -> str:
-    return f"{CLIENT}:{batch_id}"
+    def _key(self, batch_id: int) -> str:
+        return f"{self._client}:{batch_id}"

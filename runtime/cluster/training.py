@@ -1,8 +1,8 @@
-"""Training on the cluster: the ranks of a job on Ray Train's workers.
+"""Training on the cluster: the ranks of a job on Ray Train's workers, an only rank in an actor.
 
-Ray Train starts the processes, tells each its place in the group and sees when one dies. It stands alone because what
-follows from that is decided here: another start from the newest checkpoint or an end, what the user is told, and that
-nothing stays behind.
+Ray Train starts the processes, tells each its place in the group and sees when one dies; for one rank alone it would
+only add processes. It stands alone because what follows from that is decided here: another start from the newest
+checkpoint or an end, what the user is told, and that nothing stays behind.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from runtime.cluster.placement import demand, fitting
 from runtime.errors import Cancelled, Fatal, SqlextError, WorkerLost
 from runtime.spec import ModelSpec, PoolSpec
 from runtime.training import loop
-from runtime.training.folder import JobFolder
+from runtime.training.folder import JobFolder, step_of
 from runtime.training.plan import TrainingPlan
 
 LOG = logging.getLogger("sqlext.training")
 MAX_LOST = 3  # starts in a row that lose a rank before they come to a new checkpoint
-END_S = 20.0  # for a rank to come to the end of its step when the job is cancelled
+END_S = 120.0  # for a rank to end its step and write a checkpoint when the job is cancelled
 POLL_S = 0.2
 
 _RAY_TRAIN = {
@@ -63,11 +63,8 @@ def train_on_ranks(plan: TrainingPlan) -> None:
         Cancelled: the folder asks for it.
     """
     folder = JobFolder(Path(plan.folder))
-    if plan.ranks == 1 and _has_what_it_needs(plan):
-        loop.train(plan)
-        return
     release(folder)  # what an earlier start of this job had, whose process was killed
-    before = _newest_step(folder)
+    before = step_of(folder.newest_checkpoint())
     lost = 0
     while True:
         _wait_for_room(plan, folder)
@@ -77,7 +74,7 @@ def train_on_ranks(plan: TrainingPlan) -> None:
         except WorkerLost as error:
             if folder.cancelled:
                 raise Cancelled("The training was cancelled.") from None
-            step = _newest_step(folder)
+            step = step_of(folder.newest_checkpoint())
             lost = 1 if step > before else lost + 1
             before = step
             if lost >= MAX_LOST:
@@ -96,15 +93,6 @@ def release(folder: JobFolder) -> None:
     with contextlib.suppress(Exception):  # it is gone already, or was on another cluster
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(reserved))))
     folder.update(placement_group=None)
-
-
-def _has_what_it_needs(plan: TrainingPlan) -> bool:
-    """Whether this process has the resources of a rank, so that the only one can run here."""
-    need = {"GPU": plan.gpus_per_rank, **plan.resources}
-    if not any(need.values()):
-        return True
-    has = ray.get_runtime_context().get_assigned_resources()
-    return all(has.get(name, 0.0) >= amount for name, amount in need.items())
 
 
 def _wait_for_room(plan: TrainingPlan, folder: JobFolder) -> None:
@@ -138,6 +126,9 @@ def _start_ranks(plan: TrainingPlan, folder: JobFolder) -> None:
         WorkerLost: a rank's process ended, or it did not reach another one.
         SqlextError: what a rank raised.
     """
+    if plan.ranks == 1:
+        _start_one(plan)
+        return
     own = folder.logging / ".ray"
     try:
         # On the main thread Ray Train would take Ctrl-C for itself, and keep its own processes for that.
@@ -146,6 +137,33 @@ def _start_ranks(plan: TrainingPlan, folder: JobFolder) -> None:
     finally:
         shutil.rmtree(own, ignore_errors=True)
         folder.update(placement_group=None)
+
+
+class LoneRank:
+    """The only rank of a job, in an actor's process, so that the job outlives it and can start it again."""
+
+    def train(self, plan: TrainingPlan) -> None:
+        """Train; raises like `_rank`."""
+        os.environ |= _threads(plan)
+        _rank({"plan": plan})
+
+
+def _start_one(plan: TrainingPlan) -> None:
+    """Start the only rank and wait for it; raises like `_start_ranks`."""
+    need = demand(_pool(plan))
+    amounts = {"num_cpus": need.pop("CPU", 0), "num_gpus": need.pop("GPU", 0), "resources": need}
+    actor = ray.remote(LoneRank).options(**amounts, max_restarts=0).remote()
+    try:
+        ray.get(actor.train.remote(plan))
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+    except ray.exceptions.RayError:
+        cause = WorkerLost("The process of the training ended.", code="rank_lost")
+    else:
+        return
+    finally:
+        ray.kill(actor)
+    raise cause from None
 
 
 def _fit(plan: TrainingPlan, storage: Path) -> None:
@@ -177,11 +195,14 @@ def _fit(plan: TrainingPlan, storage: Path) -> None:
 
 def _variables(plan: TrainingPlan) -> dict[str, str]:
     """The environment of a rank."""
-    threads = str(max(1, int(plan.cpus_per_rank)))
-    variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    variables = _threads(plan)
     if _on_one_machine() and (loopback := _LOOPBACK.get(sys.platform)):
         variables["GLOO_SOCKET_IFNAME"] = loopback  # gloo would look for the machine's name in the network
     return variables
+
+
+def _threads(plan: TrainingPlan) -> dict[str, str]:
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(plan.threads))
 
 
 def _trainer() -> Any:
@@ -233,49 +254,69 @@ def _given_up(error: WorkerLost, step: int) -> Fatal:
     )
 
 
-def _newest_step(folder: JobFolder) -> int:
-    """Step of the newest whole checkpoint; 0 when there is none."""
-    found = [file.parent.name for file in folder.models.glob("checkpoint-*/trainer_state.json")]
-    return max((int(name.rpartition("-")[2]) for name in found), default=0)
-
-
 def _rank(config: Mapping[str, Any]) -> None:
-    """What a worker of Ray Train runs.
+    """What the process of a rank runs.
 
     Raises:
         SqlextError: the training failed, in a form that every process can read.
     """
     plan: TrainingPlan = config["plan"]
     folder = JobFolder(Path(plan.folder))
-    first = os.environ["RANK"] == "0"
+    rank = os.environ.get("RANK", "0")
+    first = rank == "0"
+    folder.require()
     folder.take_output()
     logging.basicConfig(
         level=logging.INFO if first else logging.WARNING,
-        format=f"%(asctime)s %(levelname)s rank {os.environ['RANK']} %(name)s: %(message)s",
+        format=f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s",
         force=True,
     )
-    if first:
-        folder.update(placement_group=ray.util.get_current_placement_group().id.hex())
+    if first and (group := ray.util.get_current_placement_group()):
+        folder.update(placement_group=group.id.hex())
     threading.Thread(target=_end_when_cancelled, args=(folder,), daemon=True).start()
     try:
-        loop.train(plan)
+        with _only_writer(folder) if first else contextlib.nullcontext():
+            loop.train(plan)
     except SqlextError:
         raise
     except Exception as error:
-        LOG.error("%s", "".join(traceback.format_exception(error)))
+        LOG.error("%s\n%s", _message(error, folder), "".join(traceback.format_tb(error.__traceback__)))
         raise _portable(error, folder) from None
+
+
+@contextlib.contextmanager
+def _only_writer(folder: JobFolder) -> Iterator[None]:
+    """Wait for the end of a rank 0 whose driver was killed, and be the only one.
+
+    Raises:
+        Cancelled: the job was asked to stop.
+    """
+    waits = False
+    while (lock := folder.take_models()) is None:
+        if folder.cancelled:
+            raise Cancelled("The training was cancelled.")
+        if not waits:
+            LOG.info("waiting for the end of the process that trained before")
+        waits = True
+        time.sleep(POLL_S)
+    with lock:
+        yield
 
 
 def _portable(error: Exception, folder: JobFolder) -> SqlextError:
     """A foreign error as one of ours; one that another rank's end has caused is `WorkerLost`."""
-    message = failure(error, ModelSpec(folder.id, "training")).info.message
-    text = str(error)
+    message, text = _message(error, folder), str(error)
     if type(error).__name__ in _BROKEN_PEER or (
         isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
     ):
         return WorkerLost(f"A rank lost the connection to another one: {message}", code="rank_lost")
     again = f'!llm resume "{folder.id}"; goes on from the last whole checkpoint.'
     return Fatal(message, code="training_failed", hint=f'!llm logs "{folder.id}"; tells more; {again}')
+
+
+def _message(error: Exception, folder: JobFolder) -> str:
+    """What may be told of a foreign error: class, place, and its first line without keys."""
+    return failure(error, ModelSpec(folder.id, "training")).info.message
 
 
 def _end_when_cancelled(folder: JobFolder) -> None:

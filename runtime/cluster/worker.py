@@ -7,6 +7,7 @@ the same arguments, after its process has died. The class is plain Python: `acto
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -14,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -22,10 +24,12 @@ import psutil
 from runtime.cluster.failure import Failure, failure
 from runtime.cluster.parcels import Parcel, parcels
 from runtime.engines import Engine, loader
-from runtime.errors import DeployError
-from runtime.spec import Answers, Batch, CallOptions, EngineInfo, ModelSpec, PoolSpec, Task
+from runtime.engines.probes import probe
+from runtime.errors import DeployError, EngineLost, ErrorInfo
+from runtime.spec import Answers, Batch, Delta, EngineInfo, ModelSpec, PoolSpec
 
 GATHER_S = 0.02
+IDLE_POLL_S, MAX_IDLE_POLL_S = 0.05, 5.0
 REMEMBERED_CANCELS = 256  # cancels that came before their batch had begun
 
 RUN_GROUP = "run"  # Ray concurrency groups: batches, one more than run, so that the next is there when one ends,
@@ -40,6 +44,7 @@ class WorkerInfo:
     Attributes:
         deployed: its deployment was completed; False while models are still being loaded.
         ready: the engine is loaded; a worker that was restarted loads it at its first batch.
+        loading: it is being loaded now.
         info: None while not ready.
         busy: batches running now.
         requests: batches ended, since the process started; likewise `rows`, `prompt_tokens`, `completion_tokens`.
@@ -55,6 +60,7 @@ class WorkerInfo:
     info: EngineInfo | None
     deployed: bool
     ready: bool
+    loading: bool
     pid: int
     node: str
     busy: int
@@ -93,6 +99,7 @@ class Worker:
         self._due: dict[str, float] = {}  # monotonic time at which what is under way counts as hung
         self._requests = self._rows = self._prompt_tokens = self._completion_tokens = 0
         self._last_work: float | None = None
+        self._idle_since = 0.0  # monotonic time of the last end of anything
         os.environ["OMP_NUM_THREADS"] = str(_threads(pool))
 
     # -- the default group: one at a time -----------------------------------------------------------------------
@@ -109,6 +116,8 @@ class Worker:
                     return failure(error, self._spec)
                 finally:
                     self._end("load")
+                if self._pool.idle_timeout_s is not None:
+                    threading.Thread(target=self._unload_when_idle, name="idle", daemon=True).start()
             return cast(EngineInfo, self._info)
 
     def count_tokens(self, batch: Batch) -> list[int] | Failure | None:
@@ -134,10 +143,13 @@ class Worker:
         if isinstance(loaded, Failure):
             yield Failure("Fatal", loaded.info)
             return
+        if batch.adapter and not loaded.adapters:  # the base was deployed anew, otherwise
+            yield Failure("Fatal", ErrorInfo("adapter_unsupported", "The base was deployed anew, without adapters."))
+            return
         engine = cast(Engine, self._engine)
         stop = self._begin(key)
 
-        def pieces() -> Iterator[Answers]:
+        def pieces() -> Iterator[Answers | Delta]:
             self._count_down(key, self._pool.batch_timeout_s)
             return engine.run(batch, stop)
 
@@ -149,6 +161,8 @@ class Worker:
                 yield parcel
         except GeneratorExit:
             raise
+        except EngineLost:  # no ping would tell; a new process loads it again, and the batch is sent to that
+            _end_process()
         except BaseException as error:
             yield failure(error, self._spec, batch)
         finally:
@@ -189,6 +203,7 @@ class Worker:
                 info=self._info,
                 deployed=self._deployed,
                 ready=self._info is not None,
+                loading="load" in self._due,
                 pid=os.getpid(),
                 node=socket.gethostname(),
                 busy=len(self._due) - ("load" in self._due),
@@ -204,11 +219,27 @@ class Worker:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _loaded(self) -> tuple[Engine, EngineInfo]:
-        engine = loader(self._spec.engine)(self._spec)
+        load = loader(self._spec.engine)
+        keep_to_share(self._pool)
+        engine = load(self._spec)
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(_threads(self._pool))
         tokens = _probe(engine, self._spec)
-        return engine, replace(engine.info, overhead_tokens=tokens)
+        return engine, replace(engine.info, overhead_tokens=tokens, notes=(*self._spec.notes, *engine.info.notes))
+
+    def _unload_when_idle(self) -> None:
+        """End this process when nobody has asked for long enough; Ray starts a fresh one, which loads at its first
+        batch. Nothing else gives all memory back, of a GPU's context too. A batch that comes in this very moment is
+        lost and sent again.
+        """
+        limit_s = cast(float, self._pool.idle_timeout_s)
+        while True:
+            with self._lock:
+                left_s = self._idle_since + limit_s - time.monotonic()
+                if not self._stops and self._deployed and left_s <= 0:
+                    break
+            time.sleep(min(max(left_s, IDLE_POLL_S), MAX_IDLE_POLL_S))
+        _end_process()
 
     def _begin(self, key: str) -> threading.Event:
         with self._lock:
@@ -228,6 +259,7 @@ class Worker:
         with self._lock:
             del self._stops[key]
             self._due.pop(key, None)
+            self._idle_since = time.monotonic()
             if key != "load":
                 self._requests += 1
                 self._last_work = time.time()
@@ -235,6 +267,8 @@ class Worker:
     def _count(self, parcel: Parcel) -> None:
         with self._lock:
             for answers in parcel:
+                if isinstance(answers, Delta):
+                    continue
                 self._rows += len(answers.rows)
                 self._prompt_tokens += int(sum(answers.prompt_tokens))
                 self._completion_tokens += int(sum(answers.completion_tokens))
@@ -242,9 +276,9 @@ class Worker:
 
 def _probe(engine: Engine, spec: ModelSpec) -> int:
     """Answer one row, so that a model that loads and cannot run is found when it is deployed; its prompt's tokens."""
-    options = CallOptions(max_tokens=1) if engine.info.task is Task.GENERATE else CallOptions()
-    batch = Batch(0, options.over(spec.defaults), ["ok"])
-    pieces = list(engine.run(batch, threading.Event()))
+    options, prompt = probe(engine.info.task)
+    batch = Batch(0, options.over(spec.defaults), [prompt])
+    pieces = [piece for piece in engine.run(batch, threading.Event()) if isinstance(piece, Answers)]
     for piece in pieces:
         for error in piece.errors.values():
             if error.code == "truncated":  # a model that thinks first has no room for it in one token
@@ -257,6 +291,14 @@ def _probe(engine: Engine, spec: ModelSpec) -> int:
     return int(sum(sum(piece.prompt_tokens) for piece in pieces))
 
 
+def _end_process() -> None:
+    """End this process and its children, of engines that work in processes of their own; Ray starts a new one."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _restarted() -> bool:
     ray = sys.modules.get("ray")  # not there when the class is used without Ray
     return bool(ray and ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed)
@@ -264,6 +306,13 @@ def _restarted() -> bool:
 
 def _threads(pool: PoolSpec) -> int:
     return max(1, int(pool.cpus_per_worker))
+
+
+def keep_to_share(pool: PoolSpec) -> None:
+    """A worker that reserves a part of a GPU takes no more than that part of its memory."""
+    torch, share = sys.modules.get("torch"), pool.gpus_per_worker or 0.0
+    if torch and 0 < share < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
 def _memory_bytes() -> int:

@@ -12,9 +12,11 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
 
 from runtime.errors import UserError, did_you_mean
-from runtime.spec import Answers, Batch, EngineInfo, ModelSpec
+from runtime.spec import Answers, Batch, Delta, EngineInfo, ModelSpec
 
 GROUP = "sqlext.engines"
+EXTRAS = {"vision": "vision", "diffusers": "diffusers", "transcription": "speech", "speech": "speech"}
+"""Engines whose packages come with an extra of this package."""
 
 
 class Engine(Protocol):
@@ -25,11 +27,13 @@ class Engine(Protocol):
         """What was loaded and how it runs."""
         ...
 
-    def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
+    def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers | Delta]:
         """Answer every row of `batch`, yielding finished rows as they finish.
 
         A row that cannot be answered is yielded with its error. When `stop` is set the engine ends soon, with
-        rows left out.
+        rows left out. For the rows in `batch.stream`, an engine whose info says `streams` yields a `Delta` whenever
+        there is more text, until the row's answer comes; `runtime.engines.telling.Telling` makes them of the text so
+        far. An engine that cannot leaves them out.
 
         Raises:
             OutOfMemory: the batch is too large for the device.
@@ -61,9 +65,18 @@ def loader(name: str) -> Callable[[ModelSpec], Engine]:
     """The `load` function of the engine called `name`; a name with a colon, ``module:function``, is imported.
 
     Raises:
-        UserError: no such engine is installed.
+        UserError: engine_unknown, no such engine is installed; package_missing, what it needs is not.
     """
-    load: Callable[[ModelSpec], Engine] = require(name).load()
+    try:
+        load: Callable[[ModelSpec], Engine] = require(name).load()
+    except ModuleNotFoundError as error:
+        if name not in EXTRAS or not error.name:
+            raise
+        raise UserError(
+            f'The engine "{name}" needs the package {error.name.partition(".")[0]}, where the workers run.',
+            code="package_missing",
+            hint=f'pip install "sqlext[{EXTRAS[name]}]"',
+        ) from None
     return load
 
 

@@ -22,6 +22,7 @@ from transformers import LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.generation import logits_process
 
+from runtime.engines.grammar import Guide, constrain
 from runtime.engines.sampling import Sampling, choose
 from runtime.errors import Fatal
 
@@ -48,6 +49,7 @@ class Row:
         prompt: its token ids.
         limit: most new tokens.
         draws: its random numbers, None when the most likely token is taken.
+        guide: what its answer is held to, None when it may say anything.
         new: token ids so far.
         reason: 'stop' or 'length' once it has ended.
     """
@@ -56,8 +58,15 @@ class Row:
     prompt: list[int]
     limit: int
     draws: random.Random | None
+    guide: Guide | None = None
     new: list[int] = field(default_factory=list)
     reason: str = ""
+
+    def take(self, token: int) -> None:
+        """The answer goes on with this token."""
+        self.new.append(token)
+        if self.guide:
+            self.guide.take(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +127,7 @@ class Running:
         tokens = choose(self._scores(), [row.draws for row in self.rows])
         self._input_ids = torch.cat([self._input_ids, self._input_ids.new_tensor(tokens)[:, None]], dim=-1)
         for row, token in zip(self.rows, tokens, strict=True):
-            row.new.append(token)
+            row.take(token)
             row.reason = ended(row)
         finished = [row for row in self.rows if row.reason]
         if finished:
@@ -153,7 +162,7 @@ class Running:
         outputs = model(**inputs, return_dict=True)
         self._inputs = model._update_model_kwargs_for_generation(outputs, self._inputs)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self._input_ids.device)
-        return self._processors(self._input_ids, logits)
+        return self._processors(self._input_ids, constrain(logits, [row.guide for row in self.rows]))
 
     def _keep(self, places: list[int]) -> None:
         """Only these rows stay; columns that are padding for all of them go too."""
@@ -234,10 +243,12 @@ def decode(
     *,
     ended: Callable[[Row], str],
     stop: threading.Event,
+    each_token: bool = False,
 ) -> Iterator[list[Row]]:
     """Decode `rows`, yielding them as they end; nothing more comes once `stop` is set.
 
     Args:
+        each_token: yield after every token, also when no row ended with it.
         ended: 'stop' or 'length' for a row that ends with its newest token, '' for one that goes on.
     """
     if not rows:
@@ -259,7 +270,7 @@ def decode(
                 running = fresh
         elif running:
             finished = running.step(ended)
-        if finished:
+        if finished or each_token:
             yield finished
         if running and not running.rows:
             running = None

@@ -1,8 +1,6 @@
 """Embeddings with sentence-transformers, for every checkpoint that reads text.
 
-Alone because vectors come from sentence-transformers' own modules, exactly as its `encode` gives them. It is asked
-differently: a batch is tokenised once and cut into pieces by token length, where `encode` sorts by characters and
-pads pieces of a fixed number of rows.
+Alone because vectors come from sentence-transformers' own modules, exactly as its `encode` gives them.
 
 - A sentence-transformers checkpoint (modules.json) is used as it is, its default prompt included.
 - A plain encoder gets mean pooling; a causal language model gets mean pooling and vectors of length 1.
@@ -12,9 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
@@ -28,13 +25,8 @@ from runtime.engines.loading import (
     whole_number,
 )
 from runtime.engines.reading import OPTIONS, answers_to_texts, batch_bounds, piece_of, tokens_of_texts
+from runtime.engines.sentences import Read, Sentences
 from runtime.spec import Answers, Batch, EngineInfo, ModelSpec, Task
-
-
-class _Read(NamedTuple):
-    texts: list[str]
-    features: dict[str, Any]  # of all texts, padded to the longest
-    lengths: list[int]  # tokens of each
 
 
 class EmbeddingsEngine:
@@ -50,8 +42,7 @@ class EmbeddingsEngine:
         self.info = info
         self._model = model
         self._piece = piece
-        self._prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
-        self._tokenizing = threading.Lock()  # a fast tokenizer must not be called by two threads at once
+        self._sentences = Sentences(model, info.max_model_len)
 
     def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
         """Vectors as float32 (rows, dimension), a piece at a time. A text cut to the model's length ends 'length'.
@@ -59,54 +50,21 @@ class EmbeddingsEngine:
         Raises:
             OutOfMemory: a piece does not fit.
         """
-        return answers_to_texts(batch, stop, self._piece, self._read, self._answer)
+        return answers_to_texts(batch, stop, self._piece, self._sentences.read, self._answer)
 
     def count_tokens(self, batch: Batch) -> list[int]:
         """Tokens that the model reads of each text."""
-        return tokens_of_texts(batch, self._read)
+        return tokens_of_texts(batch, self._sentences.read)
 
     def close(self) -> None:
         """Give back the memory."""
-        del self._model
+        del self._model, self._sentences
         free_memory()
 
-    def _read(self, texts: list[str]) -> tuple[_Read, list[int]]:
-        features = self._features(texts)
-        lengths = features["attention_mask"].sum(dim=-1).tolist()
-        return _Read(texts, features, lengths), lengths
-
-    def _answer(self, read: _Read, rows: list[int]) -> tuple[Any, list[str]]:
-        lengths = [read.lengths[row] for row in rows]
-        vectors = self._forward(read.features, rows, lengths[0])
-        return vectors, self._finish_reasons([read.texts[row] for row in rows], lengths)
-
-    def _features(self, texts: list[str], **how: Any) -> dict[str, Any]:
-        with self._tokenizing:
-            features: dict[str, Any] = self._model.preprocess(texts, prompt=self._prompt, **how)
-            return features
-
-    def _forward(self, features: dict[str, Any], rows: list[int], longest: int) -> Any:
-        """A float32 array (rows, dimension): these rows of the features, cut to the longest of them."""
-        left = bool(features["attention_mask"][rows, 0].min() == 0)  # padded on the left
-        piece = {
-            name: (value[rows, -longest:] if left else value[rows, :longest]).to(self._model.device)
-            if isinstance(value, torch.Tensor) and value.dim() == 2
-            else value
-            for name, value in features.items()
-        }
-        return self._model(piece)["sentence_embedding"].float().cpu().numpy()
-
-    def _finish_reasons(self, texts: list[str], lengths: list[int]) -> list[str]:
-        """'length' where the model did not read the whole text. Only a text as long as the limit can be one."""
-        limit = self.info.max_model_len
-        full = [row for row, length in enumerate(lengths) if limit and length >= limit]
-        reasons = ["stop"] * len(texts)
-        if full:
-            whole = self._features([texts[row] for row in full], processing_kwargs={"text": {"truncation": False}})
-            for row, length in zip(full, whole["attention_mask"].sum(dim=-1).tolist(), strict=True):
-                if length > lengths[row]:
-                    reasons[row] = "length"
-        return reasons
+    def _answer(self, read: Read, rows: list[int]) -> tuple[Any, list[str]]:
+        """A float32 array (rows, dimension), and how each ended."""
+        vectors = self._model(self._sentences.piece(read, rows))["sentence_embedding"].float().cpu().numpy()
+        return vectors, self._sentences.finish_reasons(read, rows)
 
 
 def load(spec: ModelSpec) -> EmbeddingsEngine:

@@ -6,6 +6,7 @@ Alone so that an unknown option, a missing GPU or a folder that does not load re
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from runtime.checkpoints.inspect import Checkpoint
@@ -22,6 +23,7 @@ from runtime.errors import DeployError, OutOfMemory, SqlextError, UserError, did
 from runtime.spec import ModelSpec, Value
 
 MAX_CAUSE_CHARS = 300
+_SIZE = r"[\d.]+ [KMGT]?i?B(?:ytes)?"  # as torch writes it, such as 20.00 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,11 @@ class Placement:
         return str(self.dtype).removeprefix("torch.")
 
 
-def engine_options(spec: ModelSpec, known: tuple[str, ...]) -> dict[str, Value]:
+def engine_options(spec: ModelSpec, known: tuple[str, ...], shown: tuple[str, ...] = ()) -> dict[str, Value]:
     """The engine's options of a deployment.
+
+    Args:
+        shown: those that the error's hint lists, where `known` is long.
 
     Raises:
         UserError: option_unknown, with the nearest known one.
@@ -51,7 +56,8 @@ def engine_options(spec: ModelSpec, known: tuple[str, ...]) -> dict[str, Value]:
             raise UserError(
                 f'The engine "{spec.engine}" has no option "{name}".',
                 code="option_unknown",
-                hint=(f'Did you mean "{near}"? ' if near else "") + f"It has: {', '.join(known)}.",
+                hint=(f'Did you mean "{near}"? ' if near else "")
+                + (f"Among others it has: {', '.join(shown)}." if shown else f"It has: {', '.join(known)}."),
             )
     return dict(spec.options)
 
@@ -123,7 +129,8 @@ def loading(checkpoint: Checkpoint) -> Iterator[None]:
     except Exception as error:
         if out_of_memory(error):
             raise DeployError(
-                f'"{checkpoint.path}" ({checkpoint.bytes / 1e9:.1f} GB) does not fit into the memory that is free.',
+                f'"{checkpoint.path}" ({checkpoint.bytes / 1e9:.1f} GB) does not fit into the memory that is free'
+                f"{_numbers(error)}.",
                 code="model_out_of_memory",
                 hint='Take a smaller dtype ("bfloat16"), quantization="4" on a GPU, or a machine with more memory.',
             ) from None
@@ -154,6 +161,14 @@ def require_weights(checkpoint: Checkpoint, missing: set[str]) -> None:
 def load_tokenizer(checkpoint: Checkpoint, **more: Any) -> Any:
     """The checkpoint's own tokenizer: nothing from a hub, no code of its own."""
     return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False, **more)
+
+
+def load_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
+    """How the checkpoint wants to be asked: its generation_config.json, else what config.json says of it."""
+    if "generation_config.json" in checkpoint.files:
+        return GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    return GenerationConfig.from_model_config(config)
 
 
 def load_model(kind: Any, checkpoint: Checkpoint, placement: Placement, quantization: Any = None) -> Any:
@@ -194,7 +209,11 @@ def device_memory() -> Iterator[None]:
         if not out_of_memory(error):
             raise
         free_memory()
-        raise OutOfMemory("The batch did not fit into the memory of the device.") from None
+        raise OutOfMemory(
+            f"The batch did not fit into the memory of the device{_numbers(error)}.",
+            hint="Set `backend.max_num_seqs` lower, for fewer rows at once, or max_tokens; or take a smaller number "
+            'type, dtype="bfloat16" or quantization="4".',
+        ) from None
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -204,6 +223,21 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "can't allocate memory" in str(error) or "out of memory" in str(error)
     )
+
+
+def _numbers(error: BaseException) -> str:
+    """What torch says was wanted, and what its GPU had, as the end of a sentence; '' when it says nothing."""
+    said = str(error)
+    wanted = re.search(rf"Tried to allocate ({_SIZE})", said)
+    there = re.search(rf"total capacity of ({_SIZE}) of which ({_SIZE}) is free", said)
+    allowed = re.search(rf"({_SIZE}) allowed", said)
+    parts = [
+        f"{wanted[1]} more were wanted" if wanted else "",
+        f"the GPU has {there[1]}, of which {there[2]} were free" if there else "",
+        f"this worker may use {allowed[1]} of it" if allowed else "",
+    ]
+    told = ", ".join(part for part in parts if part)
+    return f": {told}" if told else ""
 
 
 def free_memory() -> None:

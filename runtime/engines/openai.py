@@ -11,20 +11,30 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import aiohttp
+import httpx2
 from openai import APIConnectionError, APIStatusError
 
 from runtime.engines.microbatch import texts_of
 from runtime.engines.openai_client import MAX_REPLY_BYTES, Client, ReplyTooLarge, Settings, read_settings
-from runtime.engines.openai_replies import Reply, chat_reply, refusal, vector_replies
+from runtime.engines.openai_replies import (
+    BAD_REPLY,
+    BODY_ERRORS,
+    Reply,
+    StreamedReply,
+    chat_reply,
+    refusal,
+    vector_replies,
+)
 from runtime.errors import DeployError, ErrorInfo, Fatal, RowError, SqlextError
 from runtime.prompts.chat import conversation
 from runtime.secrets import quotes
-from runtime.spec import Answers, Batch, CallOptions, EngineInfo, ModelSpec, Prompt, Task
+from runtime.spec import Answers, Batch, CallOptions, Delta, EngineInfo, ModelSpec, Prompt, Task
 
 EMBED_ROWS = 256  # texts of one request
 EMBED_CHARS = 200_000  # OpenAI takes 300,000 tokens in one request
@@ -33,8 +43,10 @@ POLL_S = 0.05
 RESERVED = ("model", "messages", "input", "stream", "n", "encoding_format")
 """Fields of a request that decide the form of its reply."""
 
-Put: TypeAlias = Callable[[dict[int, Reply]], None]
-"""Takes finished rows of a batch, by index."""
+T = TypeVar("T")
+Put: TypeAlias = Callable[[dict[int, Reply] | Delta], None]
+"""Takes finished rows of a batch, by index, and parts of texts."""
+Box: TypeAlias = "queue.SimpleQueue[dict[int, Reply] | Delta | None]"
 
 
 class OpenAIEngine:
@@ -53,7 +65,7 @@ class OpenAIEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-requests", daemon=True)
         self._thread.start()
 
-    def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers]:
+    def run(self, batch: Batch, stop: threading.Event) -> Iterator[Answers | Delta]:
         """Ask for every row, all at once as far as the engine's bound allows; a row comes as soon as it is there.
 
         Raises:
@@ -63,12 +75,14 @@ class OpenAIEngine:
         begun = time.perf_counter()
         parameters = _parameters(batch.options, self._settings)
         ask = self._embed if self.info.task is Task.EMBED else self._chat
-        box: queue.SimpleQueue[dict[int, Reply] | None] = queue.SimpleQueue()
+        box: Box = queue.SimpleQueue()
         job = asyncio.run_coroutine_threadsafe(ask(batch, parameters, box.put), self._loop)
         job.add_done_callback(lambda _: box.put(None))
         try:
-            for replies in _gathered(box, stop):
-                yield _answers(replies, (time.perf_counter() - begun) * 1000.0)
+            for deltas, replies in _gathered(box, stop):
+                yield from deltas
+                if replies:
+                    yield _answers(replies, (time.perf_counter() - begun) * 1000.0)
             if job.done() and not job.cancelled() and (error := job.exception()):
                 raise _first(error)
         finally:
@@ -91,6 +105,8 @@ class OpenAIEngine:
             Fatal: as `run`.
         """
         for answers in self.run(Batch(0, options, ["ok"]), threading.Event()):
+            if isinstance(answers, Delta):
+                continue
             for error in answers.errors.values():
                 raise DeployError(error.message, code=error.code, hint=error.hint)
             self.info = replace(self.info, dimension=len(answers.outputs[0]))
@@ -101,10 +117,11 @@ class OpenAIEngine:
     async def _chat(self, batch: Batch, parameters: dict[str, Any], put: Put) -> None:
         async with asyncio.TaskGroup() as rows:
             for row, prompt in enumerate(batch.prompts):
-                rows.create_task(self._chat_row(row, prompt, batch.options.system, parameters, put))
+                streams = row in batch.stream
+                rows.create_task(self._chat_row(row, prompt, batch.options.system, parameters, put, streams=streams))
 
     async def _chat_row(
-        self, row: int, prompt: Prompt, system: str | None, parameters: dict[str, Any], put: Put
+        self, row: int, prompt: Prompt, system: str | None, parameters: dict[str, Any], put: Put, *, streams: bool
     ) -> None:
         try:
             turns = conversation(prompt, system)
@@ -112,8 +129,29 @@ class OpenAIEngine:
             put({row: Reply(error=error.info)})
             return
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        found = await self._ask("/chat/completions", {**parameters, "messages": messages}, [prompt], system)
-        put({row: found if isinstance(found, Reply) else chat_reply(found)})
+        body = {**parameters, "messages": messages}
+
+        async def follow() -> Reply:
+            return await self._follow(body, lambda more: put(Delta(row, more)))
+
+        async def wait() -> Reply:
+            return chat_reply(await self._client.post("/chat/completions", body))
+
+        put({row: await self._ask(follow if streams else wait, [prompt], system)})
+
+    async def _follow(self, body: dict[str, Any], tell: Callable[[str], None]) -> Reply:
+        """Ask for a row as a stream of events, and tell its text as it comes."""
+        reply = StreamedReply()
+        asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        async with aclosing(self._client.events("/chat/completions", asked)) as events:
+            async for event in events:
+                try:
+                    more = reply.add(event)
+                except BODY_ERRORS:
+                    return Reply(error=BAD_REPLY)
+                if more:
+                    tell(more)
+        return reply.reply()
 
     async def _embed(self, batch: Batch, parameters: dict[str, Any], put: Put) -> None:
         texts, errors = texts_of(batch)
@@ -121,7 +159,7 @@ class OpenAIEngine:
         if not texts:
             return
         body = {**parameters, "input": list(texts.values())}
-        found = await self._ask("/embeddings", body, batch.prompts, None)
+        found = await self._ask(lambda: self._client.post("/embeddings", body), batch.prompts, None)
         if isinstance(found, Reply):
             if found.error and found.retry_after_s is None and len(texts) > 1:  # halved, the one to blame is found
                 raise RowError(found.error.message, code=found.error.code, hint=found.error.hint)
@@ -131,20 +169,20 @@ class OpenAIEngine:
         put(dict(zip(texts, replies, strict=True)))
 
     async def _ask(
-        self, path: str, body: dict[str, Any], prompts: Sequence[Prompt], system: str | None
-    ) -> bytes | Reply:
-        """The body of the reply to one request, or what became of the rows without one."""
+        self, request: Callable[[], Awaitable[T]], prompts: Sequence[Prompt], system: str | None
+    ) -> T | Reply:
+        """What one request comes to, or what became of its rows without a reply."""
         settings = self._settings
         async with self._flight:
             try:
                 async with asyncio.timeout(settings.timeout_s):
-                    return await self._client.post(path, body)
+                    return await request()
             except APIStatusError as error:
                 return refusal(error, settings.where, lambda text: quotes(text, prompts, system))
             except TimeoutError:
                 said = ErrorInfo("timeout", f"No answer after {settings.timeout_s:g} s ({settings.where}).")
                 return Reply(error=said, retry_after_s=0.0)
-            except (APIConnectionError, aiohttp.ClientError) as error:
+            except (APIConnectionError, aiohttp.ClientError, httpx2.TransportError) as error:
                 return Reply(error=_unreachable(error, settings), retry_after_s=0.0)
             except ReplyTooLarge:
                 size = f"{MAX_REPLY_BYTES // 2**20} MB"
@@ -178,6 +216,7 @@ def load(spec: ModelSpec) -> OpenAIEngine:
         max_batch_rows=EMBED_ROWS if embeds else max(1, settings.concurrency // 4),
         max_batch_chars=EMBED_CHARS if embeds else CHAT_CHARS,
         max_answer_tokens=None if embeds else spec.defaults.max_tokens,
+        streams=not embeds,
         notes=(settings.where,),
     )
     engine = OpenAIEngine(settings, info)
@@ -213,8 +252,9 @@ def _parameters(options: CallOptions, settings: Settings) -> dict[str, Any]:
     return {**extra, **known, "model": settings.model, "temperature": options.temperature or 0}
 
 
-def _gathered(box: queue.SimpleQueue[dict[int, Reply] | None], stop: threading.Event) -> Iterator[dict[int, Reply]]:
-    """Finished rows, those that are there at the same time together, until None comes or `stop` is set."""
+def _gathered(box: Box, stop: threading.Event) -> Iterator[tuple[list[Delta], dict[int, Reply]]]:
+    """Parts of texts and finished rows, those that are there at the same time together, until None comes or `stop`
+    is set."""
     ended = False
     while not ended and not stop.is_set():
         try:
@@ -224,8 +264,10 @@ def _gathered(box: queue.SimpleQueue[dict[int, Reply] | None], stop: threading.E
         except queue.Empty:
             continue
         ended = None in found
-        if rows := {row: reply for replies in found if replies for row, reply in replies.items()}:
-            yield rows
+        deltas = [item for item in found if isinstance(item, Delta)]
+        rows = {row: reply for item in found if isinstance(item, dict) for row, reply in item.items()}
+        if deltas or rows:
+            yield deltas, rows
 
 
 def _answers(replies: dict[int, Reply], latency_ms: float) -> Answers:

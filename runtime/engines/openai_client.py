@@ -6,14 +6,14 @@ no retries, a bound on what comes back, and a key that only its own address gets
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 import httpx2
-from openai import AsyncOpenAI, DefaultAioHttpClient, Omit
+from openai import AsyncOpenAI, AsyncStream, DefaultAioHttpClient, Omit
 
+from runtime.address import service_address
 from runtime.errors import UserError, did_you_mean
 from runtime.secrets import Secret, resolve
 from runtime.spec import ModelSpec, Task
@@ -68,7 +68,7 @@ def read_settings(spec: ModelSpec) -> Settings:
             code="option_missing",
             hint='Add AND `saas.model`="…", by the name the provider gives it.',
         )
-    base_url = _address(str(said.get("base_url") or OPENAI_URL))
+    base_url = service_address(str(said.get("base_url") or OPENAI_URL), "saas.base_url")
     usual = "max_completion_tokens" if base_url == OPENAI_URL else "max_tokens"
     task = said.get("task") or (Task.EMBED if "embed" in model.lower() else Task.GENERATE)
     return Settings(
@@ -93,12 +93,15 @@ class BoundedClient(DefaultAioHttpClient):
     """
 
     async def send(self, request: httpx2.Request, **how: Any) -> httpx2.Response:
-        """Send a request and read its reply whole.
+        """Send a request and read its reply whole; one that was asked for as a stream is left to be read, unless it
+        is a refusal.
 
         Raises:
             ReplyTooLarge: it has more bytes.
         """
         response = await super().send(request, **{**how, "stream": True})
+        if how.get("stream") and response.is_success:
+            return response
         pieces, size = [], 0
         try:
             async for piece in response.aiter_bytes():
@@ -147,23 +150,43 @@ class Client:
         )
         return response.content
 
+    async def events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+        """The reply to a request that asks for a stream: the data of each of its server-sent events.
+
+        A reply that is no stream comes whole, as if it were one event. Raises as `post`.
+        """
+        asked: Any = await self._client.post(
+            path,
+            cast_to=httpx2.Response,
+            body=body,
+            options={"headers": self._headers},
+            stream=True,
+            stream_cls=AsyncStream[object],
+        )
+        response: httpx2.Response = asked  # what `cast_to` says counts
+        try:
+            async for data in _events(response):
+                yield data
+        finally:
+            await response.aclose()
+
     async def close(self) -> None:
         """End the connections."""
         await self._client.close()
 
 
-def _address(said: str) -> str:
-    parts = urlsplit(said.strip())
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or "@" in parts.netloc
-        or parts.query
-        or parts.fragment
-    ):
-        raise UserError(
-            "saas.base_url is no address of a service.",
-            code="option_value",
-            hint="Write it like http://127.0.0.1:8000/v1, without a user, a key or a question mark.",
-        )
-    return parts.geturl().rstrip("/")
+async def _events(response: httpx2.Response) -> AsyncIterator[bytes]:
+    is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
+    size, rest = 0, b""
+    async for piece in response.aiter_bytes():
+        size += len(piece)
+        if size > MAX_REPLY_BYTES:
+            raise ReplyTooLarge
+        rest += piece
+        if is_stream:
+            *lines, rest = rest.split(b"\n")  # OpenAI's events are lines that begin with «data:»
+            for line in lines:
+                if line.startswith(b"data:"):
+                    yield line[5:].strip()
+    if not is_stream or rest.startswith(b"data:"):
+        yield rest.removeprefix(b"data:").strip()

@@ -33,6 +33,9 @@ BAD_REPLY = ErrorInfo(
 )
 
 
+BROKEN_OFF = ErrorInfo("provider_failed", "The provider's answer broke off before its end.")
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What became of one row.
@@ -54,6 +57,13 @@ def chat_reply(body: bytes) -> Reply:
     """The answer in the reply to a chat request."""
     try:
         found = json.loads(body)
+    except BODY_ERRORS:
+        return Reply(error=BAD_REPLY)
+    return _chat_reply(found)
+
+
+def _chat_reply(found: Any) -> Reply:
+    try:
         choice = found["choices"][0]
         message, reason = choice["message"], choice.get("finish_reason") or "stop"
         text = message.get("content")
@@ -66,6 +76,52 @@ def chat_reply(body: bytes) -> Reply:
     except BODY_ERRORS:
         return Reply(error=BAD_REPLY)
     return Reply(None, "", *tokens, error) if error else Reply(text, reason, *tokens)
+
+
+class StreamedReply:
+    """The reply to a chat request as it comes in events."""
+
+    def __init__(self) -> None:
+        self._text: str | None = None
+        self._refusal = ""
+        self._reason = ""
+        self._usage: Any = None
+        self._whole: Reply | None = None
+
+    def add(self, event: bytes) -> str:
+        """Read the next event; returns what it adds to the text.
+
+        Raises:
+            ValueError, TypeError, LookupError, AttributeError, RecursionError: it is no event in OpenAI's form.
+        """
+        if event == b"[DONE]":
+            return ""
+        found = json.loads(event)
+        self._usage = found.get("usage") or self._usage
+        for choice in found.get("choices") or ():
+            if "delta" not in choice:  # a service that knows no streams has sent its answer
+                self._whole = _chat_reply(found)
+                return ""
+            self._reason = choice.get("finish_reason") or self._reason
+            self._refusal += choice["delta"].get("refusal") or ""
+            more = choice["delta"].get("content")
+            if more is not None:
+                more.encode()  # half a surrogate pair could not be told
+                self._text = (self._text or "") + more
+                return str(more)
+        if found.get("error"):
+            raise ValueError("an error instead of an event")
+        return ""
+
+    def reply(self) -> Reply:
+        """What the row has come to, when there are no more events."""
+        if self._whole:
+            return self._whole
+        if not self._reason:
+            return Reply(error=BROKEN_OFF, retry_after_s=0.0)
+        message = {"content": self._text, "refusal": self._refusal}
+        choice = {"message": message, "finish_reason": self._reason}
+        return _chat_reply({"choices": [choice], "usage": self._usage})
 
 
 def _no_answer(text: str | None, reason: str, refusal: Any) -> ErrorInfo | None:

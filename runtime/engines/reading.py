@@ -1,4 +1,4 @@
-"""Engines that read texts and write none: what embedding and classification have in common.
+"""Engines that read texts and write none: what embedding, classification and reranking have in common.
 
 A batch is tokenised once and cut into pieces of like length; each piece is one forward, and its rows are answered at
 once.
@@ -15,6 +15,7 @@ import torch
 
 from runtime.engines.loading import Placement, device_memory
 from runtime.engines.microbatch import failed, microbatches, texts_of
+from runtime.errors import ErrorInfo
 from runtime.spec import Answers, Batch
 
 OPTIONS = ("dtype", "max_model_len")
@@ -24,6 +25,7 @@ PIECES = 8  # a batch holds about this many, so that there is something to sort
 CHARS_PER_PIECE_TOKEN = 8
 
 Features = TypeVar("Features")
+Input = TypeVar("Input")
 
 
 def piece_of(placement: Placement) -> tuple[int, int]:
@@ -38,9 +40,15 @@ def batch_bounds(piece: tuple[int, int]) -> tuple[int, int]:
 
 def tokens_of_texts(batch: Batch, read: Callable[[list[str]], tuple[Any, list[int]]]) -> list[int]:
     """Tokens that the model reads of each text, 0 for what is no text; `read` as for `answers_to_texts`."""
-    texts, _ = texts_of(batch)
-    lengths = read(list(texts.values()))[1] if texts else []
-    counted = dict(zip(texts, lengths, strict=True))
+    return tokens_of(batch, texts_of(batch)[0], read)
+
+
+def tokens_of(
+    batch: Batch, inputs: dict[int, Input], read: Callable[[list[Input]], tuple[Any, list[int]]]
+) -> list[int]:
+    """As `tokens_of_texts`, for the inputs of a batch by index; 0 for rows that have none."""
+    lengths = read(list(inputs.values()))[1] if inputs else []
+    counted = dict(zip(inputs, lengths, strict=True))
     return [counted.get(index, 0) for index in range(len(batch.prompts))]
 
 
@@ -61,15 +69,26 @@ def answers_to_texts(
     Raises:
         OutOfMemory: a piece does not fit.
     """
+    return answers_to(*texts_of(batch), stop, piece, read, answer)
+
+
+def answers_to(
+    inputs: dict[int, Input],
+    errors: dict[int, ErrorInfo],
+    stop: threading.Event,
+    piece: tuple[int, int],
+    read: Callable[[list[Input]], tuple[Features, list[int]]],
+    answer: Callable[[Features, list[int]], tuple[Sequence[Any], list[str]]],
+) -> Iterator[Answers]:
+    """As `answers_to_texts`, for the inputs of a batch by index, and the errors of its other rows."""
     begun = time.perf_counter()
-    texts, errors = texts_of(batch)
     if errors:
         yield failed(errors, (time.perf_counter() - begun) * 1000.0)
-    if not texts:
+    if not inputs:
         return
-    indices = list(texts)
+    indices = list(inputs)
     with device_memory(), torch.inference_mode():
-        features, lengths = read(list(texts.values()))
+        features, lengths = read(list(inputs.values()))
         for rows in microbatches(lengths, *piece):
             if stop.is_set():
                 return

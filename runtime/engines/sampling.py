@@ -8,24 +8,20 @@ from __future__ import annotations
 import hashlib
 import random
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from runtime.errors import Fatal, did_you_mean
+from runtime.engines.parameters import bad_value, read_parameters, truth
 from runtime.spec import CallOptions, Value
 
 
 def _ids(value: Value) -> tuple[int, ...]:
     parts = value if isinstance(value, tuple) else str(value).strip("[]() ").split(",")
     return tuple(int(part) for part in parts)
-
-
-def _flag(value: Value) -> bool:
-    return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
 
 
 EXTRA: dict[str, Callable[[Any], Any]] = {
@@ -39,11 +35,11 @@ EXTRA: dict[str, Callable[[Any], Any]] = {
     "suppress_tokens": _ids,
     "begin_suppress_tokens": _ids,
     "stop_token_ids": _ids,
-    "ignore_eos": _flag,
+    "ignore_eos": truth,
 }
 """Parameters beyond `CallOptions`' own fields, and how their values are read."""
 
-_WANTED = {float: "a number", int: "a whole number", _ids: "token ids such as 1,2", _flag: "true or false"}
+_WANTED = {float: "a number", int: "a whole number", _ids: "token ids such as 1,2", truth: "true or false"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +80,14 @@ def sampling(options: CallOptions, tokenizer: Any, defaults: GenerationConfig) -
     Raises:
         Fatal: option_unknown with the nearest name, option_value.
     """
-    extra = {name: _read(name, value) for name, value in options.extra}
+    extra = read_extra(options)
     stop_ids = extra.pop("stop_token_ids", ())
     ignore_eos = extra.pop("ignore_eos", False)
-    special = [tokenizer.convert_tokens_to_ids(text) for text in options.stop if text in tokenizer.all_special_tokens]
-    own = _as_ids(defaults.eos_token_id) or _as_ids(tokenizer.eos_token_id)
-    ends = frozenset((*own, *special, *stop_ids))
+    own = own_ends(tokenizer, defaults)
+    ends = all_ends(options, tokenizer, own, stop_ids)
     config = GenerationConfig(
         **extra,
-        **_choice(options, defaults),
+        **choice(options, defaults),
         num_beams=1,
         num_return_sequences=1,
         use_cache=True,
@@ -126,15 +121,43 @@ def pad_id(tokenizer: Any, ends: Iterable[int]) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
 
 
-def _choice(options: CallOptions, defaults: GenerationConfig) -> dict[str, Any]:
+def own_ends(tokenizer: Any, defaults: GenerationConfig) -> tuple[int, ...]:
+    """The token ids with which the model itself ends an answer."""
+    return _as_ids(defaults.eos_token_id) or _as_ids(tokenizer.eos_token_id)
+
+
+def all_ends(options: CallOptions, tokenizer: Any, own: Iterable[int], more: Iterable[int] = ()) -> frozenset[int]:
+    """The token ids that end an answer: the model's own, stop texts that are special tokens, and `more`."""
+    special = [tokenizer.convert_tokens_to_ids(text) for text in options.stop if text in tokenizer.all_special_tokens]
+    return frozenset((*own, *special, *more))
+
+
+def end_with(end: int, generation: GenerationConfig, tokenizer: Any) -> None:
+    """Let an answer end where a turn of the assistant does; a base model's own end token may be another one."""
+    said = list(own_ends(tokenizer, generation))
+    generation.eos_token_id = said if end in said else [*said, end]
+
+
+def row_seed(seed: int, prompt: Sequence[int]) -> int:
+    """The seed of one row, for engines that draw by themselves: of the call's seed and the prompt alone; 63 bits."""
+    digest = hashlib.blake2b(f"{seed}:".encode() + array("q", prompt).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def choice(options: CallOptions, defaults: GenerationConfig) -> dict[str, Any]:
+    """do_sample; and where it is true temperature, top_p (1: off) and top_k (0: off).
+
+    Raises:
+        Fatal: option_value.
+    """
     if not options.temperature:
         return {"do_sample": False}
     if options.temperature < 0:
-        raise _bad_value("temperature", "0 or more")
+        raise bad_value("temperature", "0 or more")
     if options.top_p is not None and not 0 < options.top_p <= 1:
-        raise _bad_value("top_p", "above 0 and at most 1")
+        raise bad_value("top_p", "above 0 and at most 1")
     if options.top_k is not None and options.top_k < 0:
-        raise _bad_value("top_k", "0 (off) or more")
+        raise bad_value("top_k", "0 (off) or more")
     return {
         "do_sample": True,
         "temperature": float(options.temperature),
@@ -144,22 +167,13 @@ def _choice(options: CallOptions, defaults: GenerationConfig) -> dict[str, Any]:
     }
 
 
-def _read(name: str, value: Value) -> Any:
-    if name not in EXTRA:
-        near = did_you_mean(name, EXTRA)
-        raise Fatal(
-            f'There is no generation parameter "{name}" for this engine.',
-            code="option_unknown",
-            hint=(f'Did you mean "{near}"? ' if near else "") + f"It has: {', '.join(EXTRA)}.",
-        )
-    try:
-        return EXTRA[name](value)
-    except (ValueError, TypeError, KeyError):
-        raise _bad_value(name, _WANTED[EXTRA[name]]) from None
+def read_extra(options: CallOptions, known: Mapping[str, Callable[[Any], Any]] = EXTRA) -> dict[str, Any]:
+    """The generation parameters beyond the options' own fields, as `known` reads them.
 
-
-def _bad_value(name: str, wanted: str) -> Fatal:
-    return Fatal(f"The generation parameter {name} must be {wanted}.", code="option_value", hint=f"Correct {name}.")
+    Raises:
+        Fatal: option_unknown with the nearest name, option_value.
+    """
+    return read_parameters(options.extra, known, _WANTED)
 
 
 def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:

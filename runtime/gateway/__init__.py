@@ -7,6 +7,7 @@ from runtime.gateway.budget import Budget, Budgets, Limits
 from runtime.gateway.call import Asked, Outcome, PlainOutcome, error_of, output_of
 from runtime.gateway.dispatch import WorkerPool
 from runtime.gateway.gateway import Gateway, GatewayClosed
+from runtime.gateway.listener import Listener
 from runtime.gateway.pace import RetryPolicy
 from runtime.gateway.question import Group
 from runtime.gateway.statement import (
@@ -35,6 +36,7 @@ __all__ = [
     "GatewayClosed",
     "Group",
     "Limits",
+    "Listener",
     "Mode",
     "Outcome",
     "PlainOutcome",

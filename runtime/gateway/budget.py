@@ -140,14 +140,24 @@ class Budgets:
 def most_tokens(prompt: Prompt, options: CallOptions, info: EngineInfo) -> int:
     """The most tokens that a call can cost: no token of a text is shorter than one byte of it.
 
+    What a model makes of an image is bounded by its length alone.
+
     Raises:
-        UserError: budget_needs_max_tokens: nothing bounds the answer.
+        UserError: budget_needs_max_tokens, budget_needs_length: nothing bounds the call.
     """
+    if info.task is Task.TRANSCRIBE or (info.max_model_len is None and _has_media(prompt)):
+        raise UserError(
+            "max_tokens_total cannot be kept: nothing bounds the tokens of a recording or an image.",
+            code="budget_needs_length",
+            hint='Bound the rows or the time instead: !llm setup "max_rows=…" "max_seconds=…".',
+        )
     turns = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
     if options.system:
         turns.append(options.system)
     read = sum(len(turn.encode("utf-8", "surrogatepass")) for turn in turns)
     read += info.overhead_tokens + TOKENS_PER_TURN * (len(turns) - 1)
+    if _has_media(prompt):
+        read = info.max_model_len or read
     if info.task is not Task.GENERATE:
         return min(read, info.max_model_len or read)
     answer = options.max_tokens or info.max_answer_tokens
@@ -158,3 +168,7 @@ def most_tokens(prompt: Prompt, options: CallOptions, info: EngineInfo) -> int:
             hint='Call with max_tokens := …, or deploy with `generation.max_tokens`="…".',
         )
     return read + answer
+
+
+def _has_media(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and any(message.media for message in prompt)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from runtime.errors import ErrorInfo, SqlextError
 from runtime.gateway.statement import Statement
-from runtime.spec import CallOptions, Prompt
+from runtime.spec import CallOptions, Message, Prompt
 
 if TYPE_CHECKING:
     from runtime.gateway.memory import Lane
@@ -82,6 +82,7 @@ class Call:
         home: the lane where it can be joined and its outcome is remembered; None when nobody may join it.
         key: name of its answer in the result store; None when it is not stored.
         reserved: tokens set aside for it in its statement's budgets while it is under way; None otherwise.
+        text: what its present attempt has written so far; None when nobody listens.
     """
 
     __slots__ = (
@@ -98,6 +99,7 @@ class Call:
         "since",
         "size",
         "statement",
+        "text",
         "tickets",
     )
 
@@ -111,7 +113,7 @@ class Call:
     ) -> None:
         self.prompt = prompt
         self.options = options
-        self.size = len(prompt) if isinstance(prompt, str) else sum(len(m.content) for m in prompt)
+        self.size = len(prompt) if isinstance(prompt, str) else sum(map(_size, prompt))
         self.statement = statement
         self.home = home
         self.key = key
@@ -123,6 +125,21 @@ class Call:
         self.sent = 0.0  # monotonic time when it was last sent
         self.since = 0.0  # monotonic time: an answer to another row after it shows that the model is well
         self.reserved: int | None = None
+        self.text: str | None = None
+
+    def join(self, ticket: Ticket) -> None:
+        """`ticket` waits for it too. Called under the gateway's lock."""
+        self.tickets.append(ticket)
+        if listener := ticket.statement.listener:
+            self.text = self.text or ""
+            listener.follow(self.text)
+
+    def tell(self, more: str) -> None:
+        """Its text goes on with `more`. Called under the gateway's lock."""
+        self.text = (self.text or "") + more
+        for ticket in self.tickets:
+            if listener := ticket.statement.listener:
+                listener.follow(self.text)
 
     @property
     def wanted(self) -> bool:
@@ -141,6 +158,10 @@ class Call:
         self.tickets = []
         if self.home is not None and self.home.open.get(self.prompt) is self:
             del self.home.open[self.prompt]
+
+
+def _size(message: Message) -> int:
+    return len(message.content) + sum(map(len, message.media))
 
 
 def wanted(calls: Sequence[Call]) -> bool:

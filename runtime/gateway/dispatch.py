@@ -21,7 +21,8 @@ from runtime.gateway.interpreter import busy
 from runtime.gateway.pace import Pace, RetryPolicy
 from runtime.gateway.queue import CallQueue
 from runtime.gateway.slots import Slots
-from runtime.spec import Answers, Batch, CallOptions, EngineInfo, ModelSpec, PoolSpec
+from runtime.schema import unfit
+from runtime.spec import Answers, Batch, CallOptions, Delta, EngineInfo, ModelSpec, PoolSpec
 
 MAX_LOSSES_ALONE = 2  # a row whose batch of one was lost this often is the cause, not an accident
 MAX_GIVEN_UP_IN_A_ROW = 20  # rows that were given up, one after the other, before the statement stops
@@ -33,15 +34,38 @@ BUDGET_POLL_S = 0.05  # another model may settle what this one waits for
 class WorkerPool(Protocol):
     """What the gateway needs of a pool of workers."""
 
-    name: str
-    generation: int
-    spec: ModelSpec
-    pool: PoolSpec
-    info: EngineInfo
-    workers: int
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        ...
 
-    def run(self, worker: int, batch: Batch) -> Iterator[Answers]:
-        """Answer a batch on a worker; blocks between pieces.
+    @property
+    def generation(self) -> int:
+        """Changes when the model is deployed anew."""
+        ...
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What was asked for."""
+        ...
+
+    @property
+    def pool(self) -> PoolSpec:
+        """How it is placed."""
+        ...
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+        ...
+
+    def run(self, worker: int, batch: Batch) -> Iterator[Answers | Delta]:
+        """Answer a batch on a worker, with the texts of `batch.stream` as they are written; blocks between pieces.
 
         Raises:
             Retryable: the batch was lost (worker died or hung, out of memory); it may be sent again.
@@ -181,7 +205,10 @@ class Dispatcher:
             return None
         # A batch that was lost may have killed its worker: no other batch is put beside it.
         self._slots.occupy(worker, alone=again)
-        batch = Batch(next(self._numbers), calls[0].options, [call.prompt for call in calls])
+        heard = frozenset(row for row, call in enumerate(calls) if call.text is not None)
+        for row in heard:
+            calls[row].text = ""  # an attempt begins anew
+        batch = Batch(next(self._numbers), calls[0].options, [call.prompt for call in calls], heard)
         self._in_flight[batch.id] = (worker, calls)
         self._rows_in_flight += len(calls)
         self._note_sent(calls)
@@ -267,8 +294,11 @@ class Dispatcher:
     def _carry(self, worker: int, batch: Batch, calls: list[Call]) -> None:
         pending = dict(enumerate(calls))
         try:
-            for answers in self._pool.run(worker, batch):
-                self._deliver(pending, answers)
+            for piece in self._pool.run(worker, batch):
+                if isinstance(piece, Delta):
+                    self._tell(pending, piece)
+                else:
+                    self._deliver(pending, piece)
             lost: SqlextError = Retryable("The engine ended a batch without an answer for every row.")
         except Exception as error:
             lost = _fault(error)
@@ -277,6 +307,12 @@ class Dispatcher:
             self._unreserve(call for call in pending.values() if not call.wanted)
             if missing:
                 self._lose(missing, lost, len(calls))
+
+    def _tell(self, pending: dict[int, Call], delta: Delta) -> None:
+        """A row's text goes on: whoever listens hears it."""
+        if (call := pending.get(delta.row)) and _unsound(delta.text) is None:
+            with self._lock:
+                call.tell(delta.text)
 
     def _deliver(self, pending: dict[int, Call], answers: Answers) -> None:
         """Each row of the batch counts once, whatever an engine sends; a row it does not have is nobody's answer."""
@@ -296,7 +332,7 @@ class Dispatcher:
             if call is None:
                 continue
             error = errors.get(row) if errors else None
-            error = error or _unsound(output)
+            error = error or _unsound(output) or _unfit(call, output, finish_reason)
             if error is not None and row in answers.retry_after_s:
                 with self._lock:
                     self._fail_for_now(call, error, answers.retry_after_s[row])
@@ -409,6 +445,11 @@ def _unsound(output: object) -> ErrorInfo | None:
         except UnicodeEncodeError:
             return ErrorInfo("bad_answer", "The answer holds characters that are no valid Unicode text.")
     return None
+
+
+def _unfit(call: Call, output: str, finish_reason: str) -> ErrorInfo | None:
+    """What is wrong with an answer that was to have a schema: no engine is trusted with it."""
+    return unfit(call.options.schema, output, finish_reason) if call.options.schema else None
 
 
 def _fault(error: Exception) -> SqlextError:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 
-from runtime.errors import Cancelled, SqlextError
+from runtime.errors import Cancelled, Fatal, SqlextError
 from runtime.gateway.ahead import MAX_AHEAD, Ahead
 from runtime.gateway.call import Asked, Call, PlainOutcome, Ticket, error_of
 from runtime.gateway.dispatch import Dispatcher, WorkerPool
@@ -78,6 +78,7 @@ class Gateway:
 
         Raises:
             Cancelled: the statement was cancelled.
+            Fatal: schema_unsupported, the engine cannot answer with a schema.
             SqlextError: the whole statement cannot go on (a row's own failure is in its outcome instead).
             GatewayClosed: the model was redeployed or removed before the question was taken.
         """
@@ -89,6 +90,12 @@ class Gateway:
                 )
                 for group in groups
             ]
+            if not self.info.schemas and any(question.options.schema for question in questions):
+                raise Fatal(
+                    f'The engine "{self.info.engine}" of the model "{self.name}" cannot answer with a schema.',
+                    code="schema_unsupported",
+                    hint='Ask without it, or deploy a checkpoint with infer_backend="transformers".',
+                )
             if statement.mode is Mode.AHEAD:
                 self._ask_ahead(questions, statement)
             else:
@@ -159,6 +166,8 @@ class Gateway:
 
     def _ask_now(self, questions: Sequence[Question], statement: Statement) -> None:
         """Wait until every outcome is known."""
+        if statement.listener:
+            statement.listener.begin((each.options, prompt) for each in questions for prompt in each.prompts)
         ticket = Ticket(statement)
         if any(None in question.outcomes for question in questions):
             with self._lock:
@@ -169,6 +178,9 @@ class Gateway:
                     question.fill({call.prompt: call.outcome for call in calls if call.outcome})
                 else:
                     question.outcomes = [call.outcome for call in calls]
+        if statement.listener:
+            for question in questions:
+                statement.listener.finish(question.outcomes)
         rows = sum(len(question.outcomes) for question in questions)
         errors = sum(1 for question in questions for outcome in question.outcomes if outcome and error_of(outcome))
         statement.add(self.name, rows=rows, errors=errors)
@@ -265,7 +277,7 @@ class Gateway:
                 fresh.append(prompt)
             else:
                 joined.append(call)
-                call.tickets.append(ticket)
+                call.join(ticket)
         ticket.open_calls += len(joined)
         return joined + self._open(question, fresh, lanes[0], statement, ticket)
 
@@ -301,12 +313,14 @@ class Gateway:
         ticket: Ticket,
     ) -> list[Call]:
         options, keys = question.options, question.keys
+        text = "" if statement.listener else None
         key_of = self._known.key_of(options) if home and self._known.stores(question) else None
         calls = []
         for prompt in prompts:
             key = (keys.get(prompt) or key_of(prompt)) if key_of else None
             call = Call(prompt, options, statement, home, key)
             call.tickets.append(ticket)
+            call.text = text
             if home is not None:
                 home.open[prompt] = call
             calls.append(call)

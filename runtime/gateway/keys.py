@@ -13,6 +13,7 @@ from typing import Any
 from runtime.spec import CallOptions, Prompt
 
 KEY_BYTES = 16
+_MEDIA = 1 << 63  # added to a length: what follows is no text
 
 
 class CallKeys:
@@ -44,6 +45,9 @@ class CallKeys:
             for part in (_encode(message.role), _encode(message.content)):
                 made.update(len(part).to_bytes(8, "little"))
                 made.update(part)
+            for media in message.media:
+                made.update((_MEDIA | len(media)).to_bytes(8, "little"))
+                made.update(media)
         return made.digest()
 
 

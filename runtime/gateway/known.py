@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from runtime.gateway.answer_codec import decoder, encode
+from runtime.gateway.answer_codec import MAX_STORED_BYTES, decoder, encode
 from runtime.gateway.call import Call, PlainOutcome, error_of
 from runtime.gateway.dispatch import WorkerPool
 from runtime.gateway.keys import CallKeys
@@ -87,7 +87,7 @@ class Known:
         return keys.of
 
     def keep(self, calls: Sequence[Call], outcomes: Sequence[PlainOutcome]) -> None:
-        """Put answers into the store; they are there when this returns.
+        """Put answers into the store, but those that are too large; they are there when this returns.
 
         Raises:
             Fatal: the store cannot be written.
@@ -95,9 +95,9 @@ class Known:
         self.notice_other_model()
         task = self._pool.info.task
         rows = [
-            (call.key, encode(outcome[0], task), *outcome[1:5])
+            (call.key, encoded, *outcome[1:5])
             for call, outcome in zip(calls, outcomes, strict=True)
-            if call.key and error_of(outcome) is None
+            if call.key and error_of(outcome) is None and len(encoded := encode(outcome[0], task)) <= MAX_STORED_BYTES
         ]
         if rows and self._store:
             self._store.put(self._pool.name, self._pool.spec.fingerprint, rows)

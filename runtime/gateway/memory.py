@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime.gateway.call import Call, PlainOutcome, output_of
-from runtime.spec import CallOptions, Prompt
+from runtime.spec import CallOptions, Message, Prompt
 
 OVERHEAD_BYTES = 350  # of one entry, beside the characters of its texts
 
@@ -87,11 +87,18 @@ class OutcomeMemory:
                     del self._lanes[options]
 
 
+def _part_bytes(part: Any) -> int:
+    """Memory of a turn of a conversation, or of a part of an answer."""
+    if isinstance(part, Message):
+        return sys.getsizeof(part.content) + sum(map(sys.getsizeof, part.media))
+    return sys.getsizeof(part)
+
+
 def _bytes(values: Sequence[Any]) -> int:
     """Memory of texts, conversations or vectors, taking all to be of the first one's kind."""
     first = values[0] if values else None
     if isinstance(first, str):
         return sys.getsizeof("".join(filter(None, values)))  # a third of the time of asking each
     if isinstance(first, tuple):
-        return sum(sys.getsizeof(getattr(part, "content", part)) for value in values for part in value)
+        return sum(_part_bytes(part) for value in values for part in value)
     return len(values) * int(getattr(first, "nbytes", 0) or sys.getsizeof(first))

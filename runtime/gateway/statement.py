@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 
 from runtime.errors import ErrorInfo, Fatal, SqlextError
 from runtime.gateway.budget import Budgets
+from runtime.gateway.listener import Listener
 from runtime.spec import CallOptions, Prompt
 
 OnError: TypeAlias = Literal["record", "null", "fail"]
@@ -133,6 +134,7 @@ class Statement:
         passes: runs of the query in mode AHEAD that were begun.
         nested: an answer may decide about other calls, so that no part of a run ahead may be passed over.
         query: its text, for `llm_errors`; shortened and without secrets.
+        listener: hears the answer while it is written; None for most.
     """
 
     def __init__(
@@ -156,6 +158,7 @@ class Statement:
         self.explained: dict[str, Explained] = {}
         self.failed_rows: list[FailedRow] = []
         self.failure: SqlextError | None = None
+        self.listener: Listener | None = None
         self._cancelled = False
         self._on_cancel: set[Callable[[], None]] = set()
         self._lock = threading.Lock()
@@ -241,10 +244,12 @@ class Statement:
         return sum(usage.errors for usage in self.usage.values())
 
 
-def row_failure(model: str, error: ErrorInfo) -> Fatal:
-    """The error of a statement whose on_error is «fail», at its first failed row."""
+def row_failure(model: str, error: ErrorInfo, *, followed: bool = False) -> Fatal:
+    """The error of a statement whose on_error is «fail», at its first failed row; or whose one answer is followed."""
     return Fatal(
         f'A row failed in "{model}": {error.message}',
         code=error.code,
-        hint='on_error is «fail»; with `!llm setup "on_error=record"` the row is listed and the rest goes on.',
+        hint=error.hint
+        if followed
+        else 'on_error is «fail»; with `!llm setup "on_error=record"` the row is listed and the rest goes on.',
     )

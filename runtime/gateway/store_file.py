@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from runtime.cache_folder import cache_folder
 from runtime.errors import Fatal, UserError
 
 VERSION = 1
@@ -77,13 +78,7 @@ _CAUSES = (
 
 def default_path() -> Path:
     """Where results lie when nobody says: $SQLEXT_CACHE_DIR, $XDG_CACHE_HOME/sqlext or ~/.cache/sqlext."""
-    said = os.environ.get("SQLEXT_CACHE_DIR")
-    if said:
-        return Path(os.path.expanduser(said)) / "results.sqlite"
-    caches = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(caches):  # as the XDG specification wants it
-        caches = os.path.expanduser("~/.cache")
-    return Path(caches) / "sqlext" / "results.sqlite"
+    return cache_folder() / "results.sqlite"
 
 
 class StoreFile:

@@ -13,7 +13,7 @@ Alone because every text engine, training and render need the same rules:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.errors import RowError
@@ -71,7 +71,7 @@ def render_examples(tokenizer: Any, messages: Sequence[Message], style: Style) -
     text for each answer, as each is asked for in serving.
 
     Args:
-        messages: the last one is the assistant's.
+        messages: the last one is the assistant's, with a weight.
         style: with a prompt_format, or for a tokenizer with a template.
 
     Raises:
@@ -79,12 +79,20 @@ def render_examples(tokenizer: Any, messages: Sequence[Message], style: Style) -
             answered conversation begins with.
     """
     if style.prompt_format:
-        return [_joined(style.prompt_format.write(messages, to_answer=False))]
+        return [_weighed(_joined(style.prompt_format.write(messages, to_answer=False)), messages)]
     whole = _template_text(tokenizer, style, messages, to_answer=False)
     places = [place for place, message in enumerate(messages) if message.role == "assistant"]
     if (answers := _answers_within(tokenizer, style, messages, places, whole)) is not None:
-        return [Rendered(whole, False, answers)]
-    return [_last_answer(tokenizer, style, messages[: place + 1]) for place in places]
+        return [_weighed(Rendered(whole, False, answers), messages)]
+    learnt = [place for place in places if messages[place].weight]
+    return [_last_answer(tokenizer, style, messages[: place + 1]) for place in learnt]
+
+
+def _weighed(text: Rendered, messages: Sequence[Message]) -> Rendered:
+    """The text of a whole conversation, without the answers that are not to be learnt."""
+    weights = [message.weight for message in messages if message.role == "assistant"]
+    learnt = tuple(answer for answer, weight in zip(text.answers, weights, strict=True) if weight)
+    return replace(text, answers=learnt)
 
 
 def has_template(tokenizer: Any, style: Style = AS_IT_IS) -> bool:

@@ -145,6 +145,16 @@ class PromptFormat:
         rest = self._before_answer.removeprefix(self.trailing_assistant).strip()
         return answer.strip().removeprefix(rest).removesuffix(self.after_answer.strip()).strip()
 
+    def settled(self, answer: str) -> str:
+        """What `content` will begin with, however a text that the model is still writing goes on."""
+        rest = self._before_answer.removeprefix(self.trailing_assistant).strip()
+        text = answer.lstrip()
+        if len(text) < len(rest) and rest.startswith(text):
+            return ""
+        text, after = text.removeprefix(rest).strip(), self.after_answer.strip()
+        held = next((size for size in range(len(after), 0, -1) if text.endswith(after[:size])), 0)
+        return text[: len(text) - held].rstrip()
+
     @property
     def _before_answer(self) -> str:
         return self.assistant.partition(INSTRUCTION)[0]

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoints.folder import list_files, open_folder, read_object
+from runtime.checkpoints.folder import list_files, open_folder
 from runtime.checkpoints.inspect import TOKENIZERS
+from runtime.checkpoints.model_config import refuse_remote_code
 from runtime.errors import ErrorInfo, RowError, UserError
 from runtime.prompts.chat import Rendered, has_template, render
 from runtime.prompts.style import Style, find_style
 from runtime.prompts.template import check_template, environment
+from runtime.secrets import first_line
 from runtime.spec import Prompt
 
 # What transformers gives a template beside the tokenizer's special tokens.
@@ -83,8 +85,9 @@ def writer(path: str, *, prompt_format: str = "", chat_template: str = "") -> Wr
         UserError: the folder holds no tokenizer that can be loaded, or the format or the template is wrong.
     """
     folder = open_folder(path)
+    names = list_files(folder)  # first: what is not the checkpoint's own is not read
     style = find_style(folder, prompt_format, chat_template)
-    tokenizer = _tokenizer(folder)
+    tokenizer = _tokenizer(folder, set(names))
     if not has_template(tokenizer, style):
         return Writer(tokenizer, style)
     template = style.chat_template or _default(tokenizer.chat_template)
@@ -108,28 +111,22 @@ def _default(template: Any) -> str:
     return str(template.get("default", "")) if isinstance(template, dict) else str(template)
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, names: set[str]) -> Any:
     """The tokenizer in a folder: nothing from a hub, no code of its own."""
-    names = set(list_files(folder))
     if not any(names.issuperset(kind) for kind in TOKENIZERS):
         raise UserError(
             f'"{folder}" holds no tokenizer.',
             code="checkpoint_no_tokenizer",
             hint="Copy tokenizer.json and tokenizer_config.json from the model it was trained from.",
         )
-    if "tokenizer_config.json" in names and "auto_map" in read_object(folder / "tokenizer_config.json"):
-        raise UserError(
-            f'"{folder}" is refused: its tokenizer wants to run code of its own (auto_map).',
-            code="checkpoint_remote_code",
-            hint="Use a checkpoint whose tokenizer the installed transformers knows.",
-        )
+    refuse_remote_code(folder, [name for name in names if name.endswith(".json")])
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a library's own errors, of many kinds
         raise UserError(
-            f'The tokenizer in "{folder}" did not load: {type(error).__name__}.',
+            f'The tokenizer in "{folder}" did not load ({first_line(error)}).',
             code="tokenizer_not_loaded",
             hint="Save it again with save_pretrained() of the installed transformers.",
         ) from None

@@ -13,6 +13,7 @@ from typing import Any
 
 from runtime.checkpoints.folder import read_object
 from runtime.errors import UserError
+from runtime.prompts import names
 from runtime.prompts.format import PromptFormat
 from runtime.prompts.template import MAX_TEMPLATE_BYTES, check_template
 
@@ -38,7 +39,8 @@ def find_style(folder: Path | str, prompt_format: str = "", chat_template: str =
     Args:
         folder: of the checkpoint; '' = none.
         prompt_format: JSON object as the user said it; '' = not said.
-        chat_template: jinja text as the user said it; '' = not said.
+        chat_template: jinja text as the user said it, or 'auto': the checkpoint's own, or else that of its family;
+            '' = not said.
 
     Raises:
         UserError: prompt_format, chat_template, option_value when both are given.
@@ -51,6 +53,8 @@ def find_style(folder: Path | str, prompt_format: str = "", chat_template: str =
         )
     if prompt_format:
         return Style(PromptFormat.parse(prompt_format))
+    if chat_template == names.AUTO:
+        chat_template = names.automatic(Path(folder)) if folder else ""
     if chat_template:
         if len(chat_template) > MAX_TEMPLATE_BYTES:
             raise UserError("chat_template is too large.", code="chat_template", hint="Shorten it.")

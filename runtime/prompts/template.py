@@ -1,4 +1,5 @@
-"""Chat templates that a user gives: read, bounded, and checked before a model is loaded for them.
+"""Chat templates that a user gives, as text, by name or in a file: read, bounded, and checked before a model is
+loaded for them.
 
 Alone because it needs jinja2 only: a template that does not parse is found by the statement, not by a worker.
 """
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.checkpoints.folder import check_roots
-from runtime.errors import UserError
+from runtime.errors import UserError, did_you_mean
+from runtime.prompts import names
 
 FILE = "file:"
 """Begins a chat_template that stands in a file: ``file:/path/to/template.jinja``."""
@@ -19,18 +21,29 @@ MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def read_template(said: str) -> str:
-    """The jinja text of the option chat_template, from its file when it names one.
+    """The jinja text of the option chat_template: a name's, a file's, or itself. `auto` stays: it is the checkpoint's
+    to decide (`find_style`).
 
     Raises:
         UserError: chat_template; checkpoint_outside_roots.
     """
-    text = _from_file(said.removeprefix(FILE)) if said.startswith(FILE) else said
+    if said.lower() == names.AUTO:
+        return names.AUTO
+    text = _from_file(said.removeprefix(FILE)) if said.startswith(FILE) else names.named(said) or said
     if not text.strip():
         raise UserError(
             "chat_template is empty.", code="chat_template", hint="Leave it out, or give a jinja template."
         )
     if len(text.encode("utf-8", "replace")) > MAX_TEMPLATE_BYTES:
         raise _too_large()
+    if "{" not in text:
+        near = did_you_mean(text[:100], names.names())
+        raise UserError(
+            f'There is no chat template "{text[:100]}".',
+            code="chat_template",
+            hint=(f'Did you mean "{near}"? ' if near else "")
+            + f"Known: {names.AUTO}, {', '.join(names.names())}; or give a jinja text, or {FILE}path{SUFFIX}.",
+        )
     check_template(text)
     return text
 

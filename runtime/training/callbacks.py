@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.integrations import TensorBoardCallback
 
 from runtime.errors import Cancelled
 from runtime.training.folder import JobFolder
+from runtime.training.whole import write_text
 
 LOG = logging.getLogger("sqlext.training")
 _TELL_S = 1.0  # between two changes of the status
@@ -24,11 +26,13 @@ class Progress(TrainerCallback):
 
     Args:
         tokens: tells how many tokens all ranks have seen, as far as they were added up.
+        paused: tells how many seconds were spent on other things than training.
     """
 
-    def __init__(self, folder: JobFolder, tokens: Callable[[], int]) -> None:
+    def __init__(self, folder: JobFolder, tokens: Callable[[], int], paused: Callable[[], float]) -> None:
         self._folder = folder
         self._tokens = tokens
+        self._paused = paused
         self._latest: dict[str, Any] = {}
         self._began = self._told = self._last_s = 0.0
         self._before_s = 0.0  # of earlier starts
@@ -37,7 +41,8 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Forget what an earlier start told of steps that are now done again."""
         self._before_s = _forget_after(self._folder, state.global_step)
-        self._began = self._last_s = time.monotonic()
+        self._began = time.monotonic()
+        self._last_s = self._busy_s()
         self._first_step, self._last_tokens = state.global_step, self._tokens()
         self._folder.update(step=state.global_step, steps=state.max_steps, epoch=state.epoch or 0.0)
 
@@ -51,13 +56,12 @@ class Progress(TrainerCallback):
         noted = {name: logs[name] for name in _NOTED if name in logs}
         if not noted:
             return
-        now, tokens = time.monotonic(), self._tokens()
+        tokens = self._tokens()
         if "loss" in logs:
-            noted["tokens_per_s"] = round((tokens - self._last_tokens) / max(now - self._last_s, 1e-6), 1)
-            self._last_s, self._last_tokens = now, tokens
-        else:
-            self._last_s += logs.get("eval_runtime", 0.0)  # evaluation is no training time
-        seconds = round(self._before_s + now - self._began, 3)
+            busy_s = self._busy_s()
+            noted["tokens_per_s"] = round((tokens - self._last_tokens) / max(busy_s - self._last_s, 1e-6), 1)
+            self._last_s, self._last_tokens = busy_s, tokens
+        seconds = round(self._before_s + time.monotonic() - self._began, 3)
         self._folder.note(
             {"step": state.global_step, "epoch": state.epoch, **noted, "tokens": tokens, "seconds": seconds}
         )
@@ -68,6 +72,10 @@ class Progress(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say how it ended."""
         self._tell(state)
+
+    def _busy_s(self) -> float:
+        """Seconds of training, since some moment."""
+        return time.monotonic() - self._paused()
 
     def _tell(self, state: Any) -> None:
         self._told = time.monotonic()
@@ -82,30 +90,53 @@ def _forget_after(folder: JobFolder, step: int) -> float:
     kept = [line for line in folder.metrics() if line.get("step", 0) <= step]
     file = folder.logging / "metrics.jsonl"
     if file.exists():
-        unfinished = file.with_name(".metrics.jsonl")
-        unfinished.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
-        unfinished.replace(file)
+        write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
     return max((line.get("seconds", 0.0) for line in kept), default=0.0)
 
 
 class Stop(TrainerCallback):
-    """Ends the training when the job is asked to, between two steps; on every rank."""
+    """Ends the training when the job is asked to, after a step whose checkpoint is written; on every rank.
+
+    Rank 0 sees the wish and says after which step all stop: the next one, as no rank can end that without it.
+    """
 
     def __init__(self, folder: JobFolder) -> None:
         self._folder = folder
         self._looked = 0.0
+        self._stop_at: int | None = None
+        self._is_first = os.environ.get("RANK", "0") == "0"
+        self._is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look for the wish, a few times a second.
+        """Look for the wish, and ask for a checkpoint.
 
         Raises:
-            Cancelled: it is there.
+            Cancelled: this is the step to stop after, and the job leaves no checkpoints.
         """
-        if time.monotonic() - self._looked < 0.3:
+        if self._is_first and self._is_due() and self._folder.cancelled and self._stop_at is None:
+            self._folder.stop_after(state.global_step if self._is_alone else state.global_step + 1)
+        self._stop_at = self._folder.stop_at
+        if self._stop_at is None or state.global_step < self._stop_at:
             return
-        self._looked = time.monotonic()
-        if self._folder.cancelled:
+        if args.save_strategy == "no":
             raise Cancelled("The training was cancelled.")
+        control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop when the checkpoint was the last one.
+
+        Raises:
+            Cancelled: it was.
+        """
+        if self._stop_at is not None and state.global_step >= self._stop_at:
+            raise Cancelled("The training was cancelled.")
+
+    def _is_due(self) -> bool:
+        """A few times a second."""
+        due = time.monotonic() - self._looked >= 0.3
+        if due:
+            self._looked = time.monotonic()
+        return due
 
 
 class Epochs(TrainerCallback):

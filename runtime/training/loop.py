@@ -11,14 +11,16 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import Fatal, SqlextError, UserError
 from runtime.training import strategies
-from runtime.training.folder import JobFolder
-from runtime.training.parameters import of_group, recipe, with_defaults
+from runtime.training.beginning import check_beginning, longest_sequence
+from runtime.training.folder import JobFolder, step_of
+from runtime.training.parameters import keeps_best, of_group, with_defaults
 from runtime.training.plan import TrainingPlan
 
 PACKAGES = ("accelerate", "peft", "tensorboard")
@@ -36,11 +38,12 @@ def train(plan: TrainingPlan) -> None:
 
     Raises:
         UserError: the plan, its files or its rows must be corrected.
-        Fatal: training_nan, disk_full, out_of_memory; earlier checkpoints are intact.
+        Fatal: job_folder; training_nan, disk_full, out_of_memory: earlier checkpoints are intact.
         Cancelled: the folder asks for it.
     """
     require_packages()
     folder = JobFolder(Path(plan.folder))
+    folder.require()
     with _plainly(folder):
         _train(plan, folder)
 
@@ -66,35 +69,36 @@ def _train(plan: TrainingPlan, folder: JobFolder) -> None:
 
     from runtime.prompts.style import find_style, training_style
     from runtime.training import callbacks, models
-    from runtime.training.data import Collator, Joined, prepared, trained_tokenizer
+    from runtime.training.data import Collator, Joined, Order, prepared, trained_tokenizer
     from runtime.training.result import Result
-    from runtime.training.trainer import JobTrainer, newest_checkpoint, remove_unfinished
+    from runtime.training.trainer import JobTrainer
 
     transformers_logging.set_verbosity_error()  # what matters comes as an error or a metric
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(max(1, int(plan.cpus_per_rank)))
+    torch.set_num_threads(plan.threads)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    base = models.base_checkpoint(plan)
+    base = check_beginning(plan)
     parameters = _completed(plan, base)
     said = find_style(base.path if base else "", plan.prompt_format, plan.chat_template)
     tokenizer = models.tokenizer_of(plan, parameters) or trained_tokenizer(folder, parameters, said, rank)
     style = training_style(tokenizer, said)
-    data = prepared(plan, folder, parameters, tokenizer, style, rank)
+    can_pack = base is None or models.keeps_apart(base)
+    data = prepared(plan, folder, parameters, tokenizer, style, rank, can_pack=can_pack)
     if rank == 0:
-        remove_unfinished(folder.models)
         folder.update(**data.counts)
     lengths = tuple(len(part) for part in data.parts)
     args = arguments(plan, parameters, folder, lengths=lengths, ranks=ranks, evaluate=data.valid is not None)
     set_seed(args.seed)  # for weights that are made here
     model = models.build(plan, parameters, tokenizer)
-    resumed = newest_checkpoint(folder.models)
+    resumed = folder.newest_checkpoint()
     collator = Collator(
         pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
         length=parameters["max_seq_length"] if parameters.get("padding") == "max_length" else 0,
         multiple=1 if args.use_cpu else 8,
+        flat="flash" in str(model.config._attn_implementation),
     )
     trainer = JobTrainer(
-        lengths=lengths,
+        order=partial(Order, data.parts, strategy=parameters.get("train_sampling_strategy", "random")),
         model=model,
         args=args,
         data_collator=collator,
@@ -107,8 +111,8 @@ def _train(plan: TrainingPlan, folder: JobFolder) -> None:
     if plan.way == "sfft":
         trainer.add_callback(callbacks.Epochs(parameters.get("steps_per_epoch", 0), result.export_epoch))
     if rank == 0:
-        trainer.add_callback(callbacks.Progress(folder, lambda: trainer.tokens))
-        trainer.add_callback(callbacks.event_files(folder, _step(resumed)))
+        trainer.add_callback(callbacks.Progress(folder, lambda: trainer.tokens, lambda: trainer.paused_s))
+        trainer.add_callback(callbacks.event_files(folder, step_of(resumed)))
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     result.export_final()
     if rank == 0:
@@ -137,6 +141,8 @@ def arguments(
     from transformers import TrainingArguments
 
     said = of_group(parameters, "trainer")
+    said.pop("train_sampling_strategy", None)  # the order is the job's own
+    said.pop("load_best_model_at_end", None)  # below
     steps = steps_per_epoch(parameters, lengths, ranks)
     total = _duration(plan, parameters, steps)
     chosen: dict[str, Any] = {
@@ -145,13 +151,13 @@ def arguments(
         "ddp_find_unused_parameters": False,
         **_devices(parameters),
         **said,
-        **_intervals(said, steps, total, evaluate),
+        **_intervals(said, steps, total),
         **_warmup(plan, said, steps, total),
         **total,
         **strategies.arguments(plan, parameters),
     }
     if not evaluate:
-        chosen |= {"eval_strategy": "no", "load_best_model_at_end": False}
+        chosen["eval_strategy"] = "no"
     try:
         args = TrainingArguments(
             output_dir=str(folder.models),
@@ -170,6 +176,8 @@ def arguments(
             code="option_value",
             hint="They are those of transformers.TrainingArguments.",
         ) from None
+    # Set here, because TrainingArguments wants each step that is saved evaluated; of others ours takes no notice.
+    args.load_best_model_at_end = evaluate and keeps_best({**parameters, **chosen})
     if args.n_gpu > 1:
         args._n_gpu = 1  # a rank has one device; Trainer would take all it sees
     strategies.accept(args)
@@ -197,7 +205,7 @@ def _duration(plan: TrainingPlan, parameters: Mapping[str, Any], steps: int) -> 
     return {"num_train_epochs": epochs}
 
 
-def _intervals(said: Mapping[str, Any], steps: int, total: Mapping[str, Any], evaluate: bool) -> dict[str, Any]:
+def _intervals(said: Mapping[str, Any], steps: int, total: Mapping[str, Any]) -> dict[str, Any]:
     """When to log, evaluate and save. Evaluation and checkpoints go together, so that the best one can be kept."""
     all_steps = _all_steps(steps, total)
     every = min(MAX_STEPS_UNSAVED, math.ceil(all_steps / MOST_EPOCHS_SAVED))
@@ -205,7 +213,7 @@ def _intervals(said: Mapping[str, Any], steps: int, total: Mapping[str, Any], ev
     by_steps = "save_steps" in said or "eval_steps" in said or odd
     strategy = said.get("save_strategy") or said.get("eval_strategy") or ("steps" if by_steps else "epoch")
     every = said.get("save_steps") or said.get("eval_steps") or every
-    chosen = {
+    return {
         "logging_steps": max(1, all_steps // LOG_LINES),
         "save_strategy": strategy,
         "save_steps": every,
@@ -213,11 +221,6 @@ def _intervals(said: Mapping[str, Any], steps: int, total: Mapping[str, Any], ev
         "eval_steps": every,
         **said,
     }
-    together = chosen["save_strategy"] == chosen["eval_strategy"]
-    if together and chosen["save_strategy"] == "steps":
-        together = chosen["save_steps"] % chosen["eval_steps"] == 0
-    chosen.setdefault("load_best_model_at_end", evaluate and together and strategy != "no")
-    return chosen
 
 
 def _warmup(plan: TrainingPlan, said: Mapping[str, Any], steps: int, total: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,26 +248,9 @@ def _completed(plan: TrainingPlan, base: Any) -> dict[str, Any]:
 
     parameters = strategies.completed(plan, with_defaults(plan))
     parameters.setdefault("use_cpu", plan.gpus_per_rank == 0 or not torch.cuda.is_available())
-    longest = base.max_model_len if base else parameters.get("max_position_embeddings")
-    if longest and parameters["max_seq_length"] > longest:
-        if "max_seq_length" in plan.parameters:
-            raise UserError(
-                f"max_seq_length={parameters['max_seq_length']} is more than the model reads, {longest} tokens.",
-                code="option_value",
-                hint=f"Set it to {longest} or less.",
-            )
-        parameters["max_seq_length"] = longest
-    if recipe(plan) != "lora" and plan.quantization:
-        raise UserError(
-            "Quantized weights cannot be trained themselves.",
-            code="option_value",
-            hint="Leave the quantization out, or train with LoRA: sft without full.",
-        )
+    if longest := longest_sequence(parameters, base):
+        parameters["max_seq_length"] = min(longest, parameters["max_seq_length"])
     return parameters
-
-
-def _step(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +18,25 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from runtime.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
 from runtime.checkpoints.folder import open_folder, read_object
-from runtime.checkpoints.inspect import TOKENIZERS, Checkpoint, inspect
+from runtime.checkpoints.inspect import Checkpoint
 from runtime.checkpoints.tensors import DTYPES
-from runtime.checkpoints.weights import check_weights
 from runtime.engines.loading import MAX_CAUSE_CHARS, load_tokenizer, out_of_memory
 from runtime.errors import SqlextError, UserError
-from runtime.spec import Task
+from runtime.training.beginning import (
+    adapter_folder,
+    base_checkpoint,
+    tokenizer_folder,
+    weights_folder,
+)
 from runtime.training.parameters import of_group, recipe
 from runtime.training.plan import TrainingPlan
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BLOCK = 64  # numbers that bitsandbytes quantizes together
-ADAPTER_CONFIG = "adapter_config.json"
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers that keep packed examples apart."""
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
-
-
-def base_checkpoint(plan: TrainingPlan) -> Checkpoint | None:
-    """What the plan's model folder holds, or None when the architecture comes from the parameters.
-
-    Raises:
-        UserError: it is no language model that may be loaded.
-    """
-    return inspect(plan.model, Task.GENERATE) if plan.model else None
 
 
 def tokenizer_of(plan: TrainingPlan, parameters: Mapping[str, Any]) -> Any | None:
@@ -66,14 +63,8 @@ def saved_tokenizer(path: str) -> Any:
     Raises:
         UserError: checkpoint_no_tokenizer, tokenizer_not_loaded.
     """
-    folder = open_folder(str(Path(path).parent) if Path(path).expanduser().is_file() else path)
+    folder = tokenizer_folder(path)
     names = {file.name for file in folder.iterdir()}
-    if not any(names.issuperset(kind) for kind in TOKENIZERS):
-        raise UserError(
-            f'"{path}" holds no tokenizer.',
-            code="checkpoint_no_tokenizer",
-            hint="Give the folder that holds tokenizer.json or tokenizer.model.",
-        )
     try:
         if "tokenizer_config.json" not in names and "tokenizer.json" in names:
             return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
@@ -86,6 +77,16 @@ def saved_tokenizer(path: str) -> Any:
         ) from None
 
 
+def keeps_apart(base: Checkpoint) -> bool:
+    """Whether the model's layers can keep the examples of a packed sequence apart: all must go by its positions."""
+    config = AutoConfig.from_pretrained(base.path, **_LOCAL)
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None or getattr(kind, "_is_stateful", False):
+        return False
+    layers = getattr(config.get_text_config(), "layer_types", None) or ()
+    return "position_ids" in signature(kind.forward).parameters and _ATTENTION.issuperset(layers)
+
+
 def build(plan: TrainingPlan, parameters: Mapping[str, Any], tokenizer: Any) -> Any:
     """The model as training begins with it: with its adapter, its frozen weights quantized where the plan says so.
 
@@ -96,12 +97,6 @@ def build(plan: TrainingPlan, parameters: Mapping[str, Any], tokenizer: Any) -> 
     kind = recipe(plan)
     if kind == "new":
         return _new_model(parameters, tokenizer)
-    if shape := of_group(plan.parameters, "model"):
-        raise UserError(
-            f"{next(iter(shape))} shapes a new model, and this one has the shape of {plan.model}.",
-            code="option_value",
-            hint="Leave it out, or leave the model's path out.",
-        )
     model = _loaded(plan, parameters, trainable_base=kind != "lora")
     if kind != "lora":
         model = _merged(model, plan.adapter) if plan.adapter else model
@@ -158,16 +153,16 @@ def _vocabulary(parameters: Mapping[str, Any], tokenizer: Any) -> int:
 def _loaded(plan: TrainingPlan, parameters: Mapping[str, Any], *, trainable_base: bool) -> Any:
     base = base_checkpoint(plan)
     assert base is not None, "only a new model has no checkpoint"
-    weights = open_folder(plan.weights) if plan.weights else Path(base.path)
-    if plan.weights:
-        check_weights(weights, tuple(file.name for file in weights.iterdir()))
+    weights = weights_folder(plan.weights) if plan.weights else Path(base.path)
     with _plainly(f'"{weights}" did not load'):
+        config = AutoConfig.from_pretrained(base.path, **_LOCAL)
         model, report = AutoModelForCausalLM.from_pretrained(
             weights,
-            config=AutoConfig.from_pretrained(base.path, **_LOCAL),
+            config=config,
+            generation_config=_sampling(base, config),  # transformers would look for it beside the weights
             dtype=dtype_of(parameters, frozen=not trainable_base),
             attn_implementation=parameters.get("attn_implementation"),
-            quantization_config=_quantization(plan, parameters, trainable_base),
+            quantization_config=_quantization(plan, parameters),
             device_map=_device_map(parameters) if plan.quantization else None,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below, in fewer words
@@ -178,6 +173,13 @@ def _loaded(plan: TrainingPlan, parameters: Mapping[str, Any], *, trainable_base
     _require_whole_blocks(base, model)
     _make_saveable(model)
     return model
+
+
+def _sampling(base: Checkpoint, config: Any) -> Any:
+    """How the model samples unless told, as its folder says."""
+    if (Path(base.path) / "generation_config.json").is_file():
+        return transformers.GenerationConfig.from_pretrained(base.path, **_LOCAL)
+    return transformers.GenerationConfig.from_model_config(config)
 
 
 def _require_fit(base: Checkpoint, weights: Path, report: Mapping[str, Any]) -> None:
@@ -216,15 +218,9 @@ def _make_saveable(model: Any) -> None:
         model.generation_config.do_sample = True
 
 
-def _quantization(plan: TrainingPlan, parameters: Mapping[str, Any], trainable_base: bool) -> Any:
+def _quantization(plan: TrainingPlan, parameters: Mapping[str, Any]) -> Any:
     if not plan.quantization:
         return None
-    if trainable_base:
-        raise UserError(
-            "Quantized weights cannot be trained themselves.",
-            code="option_value",
-            hint="Leave the quantization out, or train with LoRA: sft without full.",
-        )
     if not find_spec("bitsandbytes"):
         raise UserError(
             "Quantized training needs bitsandbytes, which is not installed.",
@@ -303,36 +299,6 @@ def _grown(model: Any, tokenizer: Any) -> Any:
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return model
-
-
-def adapter_folder(path: str) -> Path:
-    """The folder of a LoRA adapter that may be loaded.
-
-    Raises:
-        UserError: checkpoint_adapter, checkpoint_pickled, and those of `open_folder`.
-    """
-    folder = open_folder(path)
-    names = {file.name for file in folder.iterdir()}
-    if ADAPTER_CONFIG not in names:
-        raise UserError(
-            f'"{folder}" holds no {ADAPTER_CONFIG}, so it is no adapter.',
-            code="checkpoint_adapter",
-            hint="Give the folder that a LoRA training wrote: …/finetune_model/final.",
-        )
-    config = read_object(folder / ADAPTER_CONFIG)
-    if config.get("peft_type") != "LORA" or config.get("megatron_config"):
-        raise UserError(
-            f'"{folder}" is no plain LoRA adapter.',
-            code="checkpoint_adapter",
-            hint="Only LoRA (with DoRA and rsLoRA) adapters are trained on.",
-        )
-    if ADAPTER_WEIGHTS not in names:
-        raise UserError(
-            f'"{folder}" holds no {ADAPTER_WEIGHTS}; pickled weights are not loaded.',
-            code="checkpoint_pickled",
-            hint="Save the adapter again with save_pretrained() of peft, which writes safetensors.",
-        )
-    return folder
 
 
 @contextmanager

@@ -7,14 +7,14 @@ safetensors, configuration and tokenizer, never pickles or code.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from runtime.checkpoints.folder import ROOTS_VARIABLE, open_folder
-from runtime.errors import UserError
+from runtime.errors import SqlextError, UserError
 from runtime.secrets import redact
+from runtime.training.whole import whole_folder
 
 SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 _LOCAL = ("file", "local")
@@ -43,9 +43,7 @@ def fetch(address: str, into: Path, tick: Callable[[str], None]) -> Path:
         UserError: weights_address, weights_unreachable, weights_missing, checkpoint_outside_roots.
     """
     check_address(address)
-    unfinished = into.with_name(f".{into.name}")
     shown = redact(address)
-    into.parent.mkdir(exist_ok=True)
     try:
         system, names = _listed(address)
         if not names:
@@ -54,13 +52,13 @@ def fetch(address: str, into: Path, tick: Callable[[str], None]) -> Path:
                 code="weights_missing",
                 hint="Give the folder that holds config.json and the *.safetensors files.",
             )
-        for name, remote in names.items():
-            tick(f"fetching {name}")
-            target = unfinished / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            system.get_file(remote, str(target))
-        os.rename(unfinished, into)
-    except UserError:
+        with whole_folder(into) as unfinished:
+            for name, remote in names.items():
+                tick(f"fetching {name}")
+                target = unfinished / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(remote, str(target))
+    except SqlextError:
         raise
     except Exception as error:  # of whatever library the protocol has
         cause = redact(next(iter(str(error).splitlines()), ""))[:200]
@@ -69,8 +67,6 @@ def fetch(address: str, into: Path, tick: Callable[[str], None]) -> Path:
             code="weights_unreachable",
             hint="Check the address and the credentials in the environment; some need a package: s3fs, gcsfs.",
         ) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return open_folder(str(into))
 
 

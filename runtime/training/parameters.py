@@ -77,6 +77,18 @@ def with_defaults(plan: TrainingPlan) -> dict[str, Any]:
     return {**{name: row[kind] for name, row in DEFAULTS.items() if kind in row}, **plan.parameters}
 
 
+def keeps_best(parameters: Mapping[str, Any]) -> bool:
+    """Whether the best checkpoint is to be kept, and known: evaluations and checkpoints can fall on the same steps.
+
+    Args:
+        parameters: with 'save_strategy' and 'eval_strategy'; one that is missing is like the other.
+    """
+    if parameters.get("load_best_model_at_end") is False:
+        return False
+    save, evaluate = parameters.get("save_strategy"), parameters.get("eval_strategy")
+    return "no" not in (save, evaluate) and (save is None or evaluate is None or save == evaluate)
+
+
 def of_group(parameters: Mapping[str, Any], group: str) -> dict[str, Any]:
     """The parameters that one taker takes: 'job', 'trainer', 'lora' or 'model'."""
     names = {parameter.name for parameter in TABLE if parameter.group == group}

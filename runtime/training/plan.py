@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -28,6 +29,7 @@ class TrainingPlan:
         deepspeed: DeepSpeed's configuration as JSON; '' = DeepSpeed is not used.
         quantization: bits of the frozen base weights, '4' or '8'; '' = none.
         ranks: processes that train together.
+        cpus_per_rank: CPUs that a rank reserves; 1.5 leaves half a CPU of two for a model beside it.
         partitions: parts of the input table, one for each rank; 0 = rows are dealt out evenly.
     """
 
@@ -46,3 +48,8 @@ class TrainingPlan:
     cpus_per_rank: float = 1.0
     resources: Mapping[str, float] = field(default_factory=dict)
     partitions: int = 0
+
+    @property
+    def threads(self) -> int:
+        """Threads of a rank: its CPUs, a part of one counted as one."""
+        return max(1, math.ceil(self.cpus_per_rank))

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
 from runtime.training.folder import JobFolder
+from runtime.training.whole import write_text
 
 MAX_POINTS = 2_000  # of a curve; more cannot be told apart
 SHOWN_ROWS = 200  # of the table of metrics
@@ -42,9 +42,7 @@ def write_report(folder: JobFolder) -> None:
         _table(COLUMNS, ([line.get(name) for name in COLUMNS] for line in _thinned(metrics, SHOWN_ROWS))),
     ]
     head = f'<meta charset="utf-8"><title>{escape(folder.id)}</title><style>{_STYLE}</style>'
-    unfinished = folder.report.with_suffix(".tmp")
-    unfinished.write_text(f"<!doctype html>\n{head}\n" + "\n".join(filter(None, parts)), encoding="utf-8")
-    os.replace(unfinished, folder.report)
+    write_text(folder.report, f"<!doctype html>\n{head}\n" + "\n".join(filter(None, parts)))
 
 
 _CURVES = (

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoints.folder import open_folder
+from runtime.checkpoints.folder import BASE_LINK, open_folder
 from runtime.checkpoints.weights import INDEX
 from runtime.prompts.style import Style, save_style
 from runtime.training import strategies
@@ -20,9 +20,6 @@ from runtime.training.folder import JobFolder
 from runtime.training.parameters import recipe
 from runtime.training.plan import TrainingPlan
 from runtime.training.trainer import JobTrainer
-
-BASE_LINK = "pretrained_model"
-"""In the folder of an adapter: the model that it belongs to."""
 
 
 class Result:
@@ -64,7 +61,7 @@ class Result:
             "train_loss": _mean_loss(state.log_history),
             "tokens": self._trainer.tokens,
         }
-        if self._trainer.args.load_best_model_at_end and state.best_metric is not None:
+        if self._trainer.args.load_best_model_at_end and state.best_model_checkpoint:  # what `final` is made of
             told |= {"eval_loss": state.best_metric, "best_step": state.best_global_step}
         elif evaluated:
             told |= {"eval_loss": evaluated[-1]}
@@ -101,8 +98,14 @@ def _is_weights(file: Path) -> bool:
 
 
 def _link(source: Path, at: Path) -> None:
+    """A file has a second name, which leads out of no folder; a whole folder is linked."""
     try:
-        os.symlink(source, at, target_is_directory=source.is_dir())
+        if source.is_dir():
+            job = at.parents[2]  # what was fetched into the job's folder moves with it
+            inside = source.is_relative_to(job)
+            os.symlink(os.path.relpath(source, at.parent) if inside else source, at, target_is_directory=True)
+        else:
+            os.link(source.resolve(), at)
     except (OSError, NotImplementedError):
         if source.is_dir():
             shutil.copytree(source, at)

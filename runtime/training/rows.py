@@ -2,7 +2,8 @@
 
 Alone because tables come in four forms, found from their columns, and everything behind knows only two things.
 
-    messages      OpenAI: a list of {role, content}, or JSON text of one
+    messages      OpenAI: a list of {role, content [, weight]}, or JSON text of one; a content may be a list of text
+                  parts, and an answer of weight 0 is not learnt
     instruction, output [, input, system, history]      Alpaca; history is a list of [question, answer]
     conversation  MOSS: a list of {human, assistant}, or JSON text of one
     text          plain text; also `value` or `content`, as LOAD text and read_text call it
@@ -72,19 +73,22 @@ def find_form(columns: Collection[str]) -> Form:
 
 
 def read_row(form: Form, row: Mapping[str, Any]) -> Conversation | str:
-    """What to learn from one row. A conversation ends with an answer: what comes after the last one is left out.
+    """What to learn from one row. A conversation ends with an answer to learn: what comes after it is left out.
 
     Raises:
-        RowError: row_null, row_type, row_role, row_empty, row_no_answer; the message names the column.
+        RowError: row_empty, row_no_answer, and those of `read_turns`; the message names the column.
     """
     turns = read_turns(form, row)
     if isinstance(turns, str):
         if not turns.strip():
             raise _bad("row_empty", "text is empty")
         return turns
-    last = next((place for place in reversed(range(len(turns))) if turns[place].role == "assistant"), None)
-    if last is None:
+    answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+    if not answers:
         raise _bad("row_no_answer", "There is no turn of the assistant")
+    last = max((place for place in answers if turns[place].weight), default=None)
+    if last is None:
+        raise _bad("row_no_answer", "Every turn of the assistant has the weight 0")
     turns = turns[: last + 1]
     if any(turn.role == "assistant" and not turn.content.strip() for turn in turns):
         raise _bad("row_empty", "A turn of the assistant is empty")
@@ -95,7 +99,7 @@ def read_turns(form: Form, row: Mapping[str, Any]) -> Conversation | str:
     """What one row says as it stands, whether or not it can be learnt from.
 
     Raises:
-        RowError: row_null, row_type, row_role; the message names the column.
+        RowError: row_null, row_type, row_role, row_tool_calls; the message names the column.
     """
     cells = {name: row.get(column) for name, column in form.columns.items()}
     return _text(cells["text"], "text") if form.is_text else tuple(_CONVERSATIONS[form.name](cells))
@@ -148,7 +152,29 @@ def _messages(cells: Mapping[str, Any]) -> Iterator[Message]:
             raise _bad("row_null", "messages: a message has no role")
         if role not in ROLES:
             raise _bad("row_role", "messages: a role is unknown", f"Roles: {', '.join(ROLES)}.")
-        yield Message(role, _text(turn.get("content"), "messages: a content"))
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise _bad(
+                "row_tool_calls",
+                "messages: a message calls tools, which is not trained on",
+                "Leave such rows out, or write the call as text into the content.",
+            )
+        yield Message(role, _content(turn.get("content")), weight=_weight(turn.get("weight")))
+
+
+def _content(said: object) -> str:
+    """The content of a message: a text, or the texts of its parts together."""
+    if not isinstance(said, list):
+        return _text(said, "messages: a content")
+    parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else 0 for part in said]
+    return "".join(_text(part, "messages: a part of a content") for part in parts)
+
+
+def _weight(said: object) -> int:
+    if said is None:
+        return 1
+    if said not in (0, 1):
+        raise _bad("row_type", "messages: a weight is neither 0 nor 1")
+    return int(bool(said))
 
 
 def _alpaca(cells: Mapping[str, Any]) -> Iterator[Message]:

@@ -60,6 +60,11 @@ class TokenFile:
         start, end = self._range(index)
         return end - start
 
+    def lengths(self) -> Any:
+        """Tokens of every sequence, as int32 (sequences,)."""
+        ends = np.fromfile(self.folder / ENDS, np.int64)
+        return np.diff(ends, prepend=0).astype(np.int32)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 

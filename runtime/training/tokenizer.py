@@ -13,8 +13,8 @@ from typing import Any
 
 from runtime.errors import Cancelled, RowError, UserError
 from runtime.prompts.style import Style
-from runtime.training.folder import whole_folder
 from runtime.training.rows import form_of, lines_of, read_row, row_of
+from runtime.training.whole import whole_folder
 
 PAD, BOS, EOS = "<pad>", "<s>", "<|end|>"
 ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>")

@@ -18,10 +18,10 @@ from runtime.errors import Cancelled, RowError, UserError
 from runtime.prompts.chat import Rendered, render_examples
 from runtime.prompts.encoding import Encoded, Encoder
 from runtime.prompts.style import Style, training_style
-from runtime.training.folder import whole_folder, write_json
 from runtime.training.packing import Blocks, Packed, Sequences, Single
 from runtime.training.rows import Conversation, Form, form_of, lines_of, read_row, row_of
 from runtime.training.token_file import DATA, LOSS, TokenFile, TokenWriter, token_writer
+from runtime.training.whole import whole_folder, write_json
 
 __all__ = ["BadRow", "Prepared", "TokenFile", "prepare"]
 

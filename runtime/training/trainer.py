@@ -7,10 +7,9 @@ trains, kills and resumes with the installed version.
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
-import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ from typing import Any
 import torch
 from torch import distributed
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
 from runtime.errors import Fatal
 from runtime.training import strategies
 from runtime.training.data import Order
+from runtime.training.folder import CHECKPOINT, STATE_FILE
+from runtime.training.whole import is_full, settle, unfinished_of
 
-STATE_FILE = "trainer_state.json"
 ARGUMENTS_FILE = "training_args.bin"  # a pickle of Trainer's that nobody reads
 
 
@@ -32,13 +32,18 @@ class JobTrainer(Trainer):
     """A Trainer whose order, tokens and checkpoints outlive its process.
 
     Args:
-        lengths: sequences of each part of the training data, see `Order`.
+        order: makes the order of the training data, given the sequences of a batch, the seed, and what tells the
+            epoch.
         more: arguments of Trainer.
+
+    Attributes:
+        paused_s: seconds that were no training: evaluations, checkpoints and exported models.
     """
 
-    def __init__(self, *, lengths: tuple[int, ...], **more: Any) -> None:
+    def __init__(self, *, order: Callable[[int, int, Callable[[], int]], Order], **more: Any) -> None:
         super().__init__(**more)
-        self._lengths = lengths
+        self.paused_s = 0.0
+        self._order = order
         self._new_tokens = 0  # of this rank, not yet added up
         self._norm: Any = None
 
@@ -48,11 +53,8 @@ class JobTrainer(Trainer):
         return int(self.state.num_input_tokens_seen)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        strategy = self.args.train_sampling_strategy
-        if strategy == "group_by_length":
-            return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Order(self._lengths, self._train_batch_size, seed, self._epoch, shuffle=strategy == "random")
+        return self._order(self._train_batch_size, seed, self._epoch)
 
     def _epoch(self) -> int:
         return int(self.state.epoch or 0)
@@ -81,8 +83,17 @@ class JobTrainer(Trainer):
 
     def evaluate(self, *args: Any, **more: Any) -> dict[str, float]:
         """Trainer's, without a trace in the random numbers: training goes on as if there had been no evaluation."""
-        with torch.random.fork_rng():
+        device = self.args.device
+        with self._paused(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             return super().evaluate(*args, **more)
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.paused_s += time.monotonic() - began
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the tokens added up."""
@@ -102,10 +113,38 @@ class JobTrainer(Trainer):
             + ("bf16 or float32 instead of fp16." if self.args.fp16 else "or a max_grad_norm of 1 or less."),
         )
 
+    # ---- Going on ----
+
+    def _init_training_state(self, *args: Any, **more: Any) -> Any:
+        """Trainer's; the best checkpoint is looked for where the job's folder is now."""
+        found = super()._init_training_state(*args, **more)
+        self._find_best()
+        return found
+
+    def _run_epoch(self, *args: Any, **more: Any) -> None:
+        """Trainer's, but that a job which was killed after its last step does no other one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **more)
+
     # ---- Checkpoints ----
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's, for a step that leaves a checkpoint: a best model that is not kept is none."""
+        return bool(self.control.should_save and super()._determine_best_metric(metrics, trial))
+
+    def _find_best(self, saved: Path | None = None) -> None:
+        """Where the best checkpoint lies, `saved` being written now."""
+        best = self._checkpoint(self.state.best_global_step or 0)
+        self.state.best_model_checkpoint = str(best) if best == saved or best.is_dir() else None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Trainer's, under another name until everything is on the disk."""
+        with self._paused():
+            self._save_whole()
+
+    def _save_whole(self) -> None:
         if not self.args.fp16 and self._norm is not None and not math.isfinite(self._norm):
             raise self._not_a_number("gradient", self.state.global_step)
         self._add_up()
@@ -116,9 +155,7 @@ class JobTrainer(Trainer):
                 self._save_optimizer_and_scheduler(str(unfinished))
                 self._save_scaler(str(unfinished))
                 self._save_rng_state(str(unfinished))
-            best = self._checkpoint(self.state.best_global_step or 0)
-            if self.state.best_global_step and (best == whole or best.exists()):
-                self.state.best_model_checkpoint = str(best)
+            self._find_best(whole)
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / STATE_FILE))
         if self.args.should_save:
@@ -129,7 +166,7 @@ class JobTrainer(Trainer):
             )
 
     def _checkpoint(self, step: int) -> Path:
-        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        return Path(self.args.output_dir) / f"{CHECKPOINT}{step}"
 
     def export(self, folder: Path, finish: Callable[[Path], None]) -> None:
         """Write the model in Hugging Face form; every rank must call this.
@@ -137,7 +174,7 @@ class JobTrainer(Trainer):
         Args:
             finish: puts what else belongs into the folder; called on rank 0, before the folder appears.
         """
-        with self.appearing(folder) as unfinished, strategies.whole(self), self._as_served():
+        with self._paused(), self.appearing(folder) as unfinished, strategies.whole(self), self._as_served():
             self.save_model(str(unfinished), _internal_call=True)
             if self.args.should_save:
                 (unfinished / ARGUMENTS_FILE).unlink(missing_ok=True)
@@ -158,7 +195,7 @@ class JobTrainer(Trainer):
         Raises:
             Fatal: disk_full; nothing is left of it.
         """
-        unfinished = whole.with_name(f".{whole.name}.unfinished")
+        unfinished = unfinished_of(whole)
         if self.args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)
         self._together()
@@ -181,36 +218,10 @@ class JobTrainer(Trainer):
             self.accelerator.wait_for_everyone()
 
 
-def settle(unfinished: Path, whole: Path) -> None:
-    """Let a folder appear under its name once its files are on the disk; what had the name before goes."""
-    for parent, _, names in os.walk(unfinished):
-        for name in [*names, "."]:
-            _sync(os.path.join(parent, name))
-    if whole.exists():
-        old = whole.with_name(f".{whole.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        whole.rename(old)
-        unfinished.rename(whole)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        unfinished.rename(whole)
-    _sync(str(whole.parent))
-
-
-def _sync(path: str) -> None:
-    if not os.path.exists(path):  # a link to a folder of another machine
-        return
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
 def is_disk_full(error: BaseException, folder: Path) -> bool:
     """Whether writing failed for want of room; safetensors and torch tell of it in errors of their own."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return is_full(error)
     said = str(error)
     if "No space left on device" in said or "os error 28" in said:
         return True
@@ -225,15 +236,3 @@ def disk_full(folder: Path) -> Fatal:
         code="disk_full",
         hint="Make room and resume the job; save_total_limit says how many checkpoints are kept.",
     )
-
-
-def newest_checkpoint(models: Path) -> Path | None:
-    """The whole checkpoint of the latest step, or None."""
-    found = [folder for folder in models.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (folder / STATE_FILE).is_file()]
-    return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-
-
-def remove_unfinished(models: Path) -> None:
-    """Remove what a killed process left half written."""
-    for folder in [*models.glob(".*.unfinished"), *models.glob(".*.old")]:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -63,12 +63,22 @@ def fsdp(model: torch.nn.Module, folder: Path) -> None:
     dcp.save(state, checkpoint_id=str(folder / "checkpoint-1" / "pytorch_model_fsdp_0"))
 
 
+def perturbed(base: str) -> torch.nn.Module:
+    """The model with all weights others than the base's, on every rank the same: nobody takes the one for the other."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
 def main(base: str, out: Path) -> None:
     """Make every kind of checkpoint of the model in `base` below `out`."""
     deepspeed.init_distributed("gloo")
     for stage, bf16 in ((1, False), (2, True), (3, True)):
-        zero(AutoModelForCausalLM.from_pretrained(base), out / f"zero{stage}", stage, bf16)
-    fsdp(AutoModelForCausalLM.from_pretrained(base), out / "fsdp")
+        zero(perturbed(base), out / f"zero{stage}", stage, bf16)
+    fsdp(perturbed(base), out / "fsdp")
     torch.distributed.destroy_process_group()
 
 

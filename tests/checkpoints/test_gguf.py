@@ -214,6 +214,27 @@ def test_what_would_be_wrong_is_not_written(llama: Path, tmp_path: Path, change:
     assert [child.name for child in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_tokenizer_that_knows_more_than_the_model_embeds(llama: Path, tmp_path: Path) -> None:
+    """As many tokens as rows are written; a token beyond them is an error, as llama.cpp would not load the file."""
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    rows = json.loads((model / "config.json").read_text())["vocab_size"]
+    content = json.loads((model / "tokenizer.json").read_text())
+    for number, code in ((rows - 1, ""), (rows, "gguf_unsupported")):
+        added = {**content["added_tokens"][0], "id": number, "content": "<further>"}
+        (model / "tokenizer.json").write_text(
+            json.dumps({**content, "added_tokens": [*content["added_tokens"], added]})
+        )
+        wanted = Conversion(str(model), str(tmp_path / f"{number}.gguf"), to="f16")
+        if code:
+            with pytest.raises(UserError) as raised:
+                convert(wanted)
+            assert raised.value.code == code
+        else:
+            tokens = GGUFReader(convert(wanted).path).fields["tokenizer.ggml.tokens"]
+            assert (len(tokens.data), tokens.contents(rows - 1)) == (rows, "<further>")
+
+
 def test_an_unknown_way_to_cut_texts_is_not_guessed(llama: Path, tmp_path: Path) -> None:
     """A tokenizer that llama.cpp would be told the wrong name of is refused, as its tokens would differ."""
     model = tmp_path / "model"

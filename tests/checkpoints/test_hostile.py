@@ -20,10 +20,19 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from runtime.checkpoints import convert as conversions
+from runtime.checkpoints import folder as folders
+from runtime.checkpoints import sharded as sharding
 from runtime.checkpoints.adapter import open_adapter
+from runtime.checkpoints.contents import check_contents
 from runtime.checkpoints.convert import Conversion, convert
+from runtime.checkpoints.import_source import Wanted
+from runtime.checkpoints.inspect import inspect
+from runtime.checkpoints.model_import import import_models
+from runtime.checkpoints.model_store import ModelStore
 from runtime.checkpoints.pickles import load_pickled
+from runtime.checkpoints.profile import profile
 from runtime.errors import UserError
+from runtime.prompts.preview import writer
 
 HARMFUL = ("checkpoint_corrupt", "checkpoint_pickled", "checkpoint_remote_code", "checkpoint_config")
 
@@ -219,6 +228,36 @@ def test_a_sharded_checkpoint_that_reads_elsewhere(tmp_path: Path, model: Path, 
     assert refused(tmp_path, model, to="", training=str(folder)) == "checkpoint_corrupt"
 
 
+def setting(module: str, name: str, attribute: str) -> bytes:
+    """A pickle that sets an attribute of a class to another class, as BUILD with a second state does it."""
+    return f"\x80\x02c{module}\n{name}\n(N}}V{attribute}\ncbuiltins\nset\nstb.".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [("pathlib", "PosixPath"), ("pathlib", "Path"), ("torch.distributed.checkpoint.metadata", "Metadata")],
+)
+def test_metadata_changes_no_class(tmp_path: Path, model: Path, cls: tuple[str, str]) -> None:
+    """A pickle that sets attributes of the classes which may stand in it changes none that the program uses."""
+    folder = sharded(tmp_path / "dcp")
+    (folder / ".metadata").write_bytes(setting(*cls, "seen_by_the_program"))
+    assert refused(tmp_path, model, to="", training=str(folder)) == "checkpoint_corrupt"
+    assert not any(hasattr(each, "seen_by_the_program") for each in (type(Path()), Path, dcp.metadata.Metadata))
+
+
+def test_metadata_is_read_within_bounds(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is too large is not unpickled; a tensor that claims more than its files hold is not made."""
+    folder = sharded(tmp_path / "dcp")
+    raw = (folder / ".metadata").read_bytes()
+    metadata = pickle.loads(raw)
+    metadata.state_dict_metadata["a"].size = torch.Size([2**20, 2**20])
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert refused(tmp_path, model, to="", training=str(folder)) == "checkpoint_corrupt"
+    (folder / ".metadata").write_bytes(raw)
+    monkeypatch.setattr(sharding, "MAX_METADATA_BYTES", len(raw) - 1)
+    assert refused(tmp_path, model, to="", training=str(folder)) == "checkpoint_config"
+
+
 def test_a_call_in_a_shard_of_torch(tmp_path: Path, canary: Path) -> None:
     """A shard is read as numbers alone, too."""
     base = models.language_model(tmp_path / "base")
@@ -232,6 +271,116 @@ def test_a_call_in_a_shard_of_torch(tmp_path: Path, canary: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     assert refused(tmp_path, base, to="", training=str(folder)) == "checkpoint_corrupt"
     assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "config.json", "prompt_format.json", "latest", "modules.json"]
+)
+@pytest.mark.parametrize("what", ["link", "device", "pipe", "linked folder"])
+def test_only_plain_files_of_its_own_are_read(tmp_path: Path, model: Path, name: str, what: str) -> None:
+    """Links out of the folder, devices and pipes are found before anything is read: by all that look into a folder."""
+    (tmp_path / "secret").write_text("secret text")
+    (model / name).unlink(missing_ok=True)
+    if what == "pipe":
+        os.mkfifo(model / name)
+    elif what == "linked folder":
+        (tmp_path / "elsewhere").mkdir()
+        (model / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+        (model / name).write_text("{}")
+    else:
+        (model / name).symlink_to("/dev/zero" if what == "device" else tmp_path / "secret")
+    code = "checkpoint_file" if what == "pipe" else "checkpoint_link"
+    for look in (inspect, profile, writer, open_adapter if name == "latest" else inspect):
+        with pytest.raises(UserError) as raised:
+            look(str(model))
+        assert raised.value.code in (code, "checkpoint_adapter")
+        assert "secret text" not in str(raised.value)
+    assert refused(tmp_path, model) == code
+
+
+def test_the_base_that_a_training_links_may_be_there(tmp_path: Path, model: Path) -> None:
+    """A folder of that name is a link to the base; it is not gone into."""
+    (tmp_path / "base").mkdir()
+    (model / "pretrained_model").symlink_to(tmp_path / "base")
+    assert inspect(str(model)).files == ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def test_small_files_are_read_within_bounds(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration that has no end is not read to it."""
+    monkeypatch.setattr(folders.read_small, "__defaults__", (1000,))
+    (model / "config.json").write_text('{"model_type": "llama", "a": "' + "a" * 1000 + '"}')
+    assert refused(tmp_path, model) == "checkpoint_config"
+
+
+CARRIED = {
+    "a pickle": ("checkpoint_pickled", pickle.dumps({"a": [1, 2]}, 4)),
+    "an old pickle": ("checkpoint_pickled", b"cos\nsystem\n(S'true'\ntR."),
+    "an archive": ("checkpoint_pickled", archived({"a": torch.zeros(1)})),
+    "a program": ("checkpoint_remote_code", b"\x7fELF\x02\x01\x01"),
+    "a script": ("checkpoint_remote_code", b"#!/bin/sh\ntrue\n"),
+}
+
+
+@pytest.mark.parametrize("kind", CARRIED)
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "vocab.json", "blob"])
+def test_files_that_are_carried_on_are_known_by_content(tmp_path: Path, model: Path, kind: str, name: str) -> None:
+    """Neither a converted model nor the store takes over what can run code, whatever it is called."""
+    code, content = CARRIED[kind]
+    (model / name).write_bytes(content)
+    assert refused(tmp_path, model) == code
+    ended = import_models([Wanted("m", str(model))], ModelStore(str(tmp_path / "store")))[0]
+    assert ended.error
+    assert ended.error.code == code
+
+
+def test_texts_are_no_pickles(tmp_path: Path, model: Path) -> None:
+    """Words that look like operations of a pickle, and texts of all kinds, are taken over."""
+    for number, text in enumerate(("cat\ndog\n", "(a)\n", "", ".", "I am.\n", "}\n", "#version: 0.2\nĠ t\n" * 900)):
+        (model / f"text{number}.txt").write_text(text)
+    check_contents(model, [file.name for file in model.iterdir()])
+
+
+def test_every_safetensors_file_is_checked(tmp_path: Path, model: Path) -> None:
+    """Not only the one that is loaded: a pickle in the guise of another one is not stored."""
+    (model / "other.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    ended = import_models([Wanted("m", str(model))], ModelStore(str(tmp_path / "store")))[0]
+    assert ended.error
+    assert ended.error.code == "checkpoint_pickled"
+
+
+@pytest.mark.parametrize("name", ["MODEL.BIN", "x.PT", "Custom.PY", "lib.So"])
+def test_capitals_change_nothing(tmp_path: Path, model: Path, name: str) -> None:
+    """A suffix counts in capitals too."""
+    (model / name).write_bytes(b"\x80\x04")
+    if name.lower().endswith((".py", ".so")):
+        assert refused(tmp_path, model) == "checkpoint_remote_code"
+        return
+    made = convert(Conversion(str(model), str(tmp_path / "out"), to="bin"))
+    assert name not in made.files
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "x.X"}}),
+        ("generation_config.json", {"deep": {"er": [{"auto_map": {}}]}}),
+        ("config.json", {"text_config": {"auto_map": {"AutoModel": "x.X"}}}),
+        ("config.json", {"attn_implementation": "owner/kernel"}),
+        ("config.json", {"_attn_implementation": "owner/kernel@main:function"}),
+        ("config.json", {"vision_config": {"experts_implementation": "owner/kernel"}}),
+        ("config.json", {"attn_implementation": {"text_config": "owner/kernel"}}),
+    ],
+    ids=str,
+)
+def test_no_configuration_names_code(tmp_path: Path, model: Path, name: str, said: dict[str, Any]) -> None:
+    """Code of its own and kernels of a hub are refused in every configuration, however deep."""
+    file = model / name
+    file.write_text(json.dumps({**(json.loads(file.read_text()) if file.exists() else {}), **said}))
+    assert refused(tmp_path, model) == "checkpoint_remote_code"
+    for look in (inspect, writer):
+        with pytest.raises(UserError) as raised:
+            look(str(model))
+        assert raised.value.code == "checkpoint_remote_code"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "extra.txt"])
@@ -273,6 +422,30 @@ def test_an_index_of_pickles_that_leads_out(tmp_path: Path, model: Path, weight_
     assert refused(tmp_path, model, to="safetensors", allow_pickle=True) == "checkpoint_corrupt"
 
 
+def test_an_index_of_pickles_that_promises_too_much(tmp_path: Path, model: Path) -> None:
+    """As with safetensors: a tensor that its shard does not hold, and one that is in two of them."""
+    as_bin(model, archived({"a": torch.zeros(1)})).joinpath("pytorch_model.bin").rename(model / "x.bin")
+    shutil.copy(model / "x.bin", model / "y.bin")
+    for weight_map in ({"a": "x.bin", "b": "x.bin"}, {"a": "x.bin", "b": "y.bin"}):
+        (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        assert refused(tmp_path, model, to="safetensors", allow_pickle=True) == "checkpoint_corrupt"
+
+
+def test_a_tensor_that_is_there_twice(tmp_path: Path, model: Path) -> None:
+    """Two files that hold a tensor of one name: nobody knows which counts."""
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        shutil.copy(model / "model.safetensors", model / name)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert refused(tmp_path, model) == "checkpoint_corrupt"
+
+
+def test_a_tensor_with_the_name_of_the_metadata(tmp_path: Path, model: Path) -> None:
+    """It would take the place of the header's own entry."""
+    as_bin(model, archived({"__metadata__": torch.zeros(1)}))
+    assert refused(tmp_path, model, to="safetensors", allow_pickle=True) == "checkpoint_corrupt"
+
+
 def test_an_index_that_promises_too_much(tmp_path: Path, model: Path) -> None:
     """A tensor that its shard does not hold is missed before anything is written."""
     (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
@@ -290,8 +463,19 @@ def test_an_index_that_promises_too_much(tmp_path: Path, model: Path) -> None:
         {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 24]},
         {"dtype": "BOOL", "shape": [25], "data_offsets": [0, 24]},
         {"dtype": "F32", "shape": "23", "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": ["ab", 2**40], "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": [[0] * 9, 2**40], "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": [9**4000] * 60, "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": [2] * 100_000, "data_offsets": [0, 24]},
+        {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24, 48]},
+        {"dtype": "U8", "shape": [2, 3], "data_offsets": [0, 24]},
+        {"dtype": "F8_E4M3", "shape": [25], "data_offsets": [0, 24]},
+        {"dtype": "F8_E8M0", "shape": [23], "data_offsets": [0, 24]},
+        {"dtype": "F4", "shape": [24], "data_offsets": [0, 24]},
+        {"dtype": "F6_E2M3", "shape": [33], "data_offsets": [0, 24]},
+        {"dtype": ["F32"], "shape": [6], "data_offsets": [0, 24]},
     ],
-    ids=str,
+    ids=lambda entry: str(entry)[:60],
 )
 def test_a_header_whose_numbers_are_none(tmp_path: Path, model: Path, entry: dict[str, Any]) -> None:
     """Negative, broken and giant shapes, and sizes that do not fit, are found in the header."""

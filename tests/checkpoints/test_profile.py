@@ -46,6 +46,10 @@ def described(folder: Path, stored: str = "BF16", parameters: int = 6_738_000_00
     return folder
 
 
+OPTIONAL = {"vllm", "deepspeed", "llama_cpp", "openvino"}
+"""Engines of packages that need not be installed."""
+
+
 def engine(folder: Path, name: str, *machines: Machine) -> Suitability:
     return next(each for each in suitable(profile(str(folder)), machines or (BIG,)) if each.engine == name)
 
@@ -72,7 +76,7 @@ def test_a_real_checkpoint_says_what_it_is(
     folder = build(tmp_path / "model")
     found = profile(str(folder))
     assert found.task is task
-    assert {each.engine for each in suitable(found, (BIG,)) if each.runs} == engines
+    assert {each.engine for each in suitable(found, (BIG,)) if each.runs} - OPTIONAL == engines
     assert found.bytes == sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert found.parameters is not None
     body = sum(each.numel() for each in AutoModel.from_pretrained(folder).parameters())
@@ -121,7 +125,7 @@ def test_an_adapter_names_its_base_and_runs_with_it(tmp_path: Path) -> None:
     assert found.parameters == 4
     alone, beside = suitable(found, (BIG,)), suitable(found, (BIG,), profile(str(base)))
     assert not any(each.runs for each in alone)
-    assert [each.engine for each in beside if each.runs] == ["transformers"]
+    assert [each.engine for each in beside if each.runs and each.engine not in OPTIONAL] == ["transformers"]
     assert str(base) in next(each.why for each in alone if each.engine == "transformers")
     assert beside[0].engine == "transformers"
     assert beside[0].runs
@@ -277,3 +281,95 @@ def test_a_hundred_shards_are_told_without_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["8000", "transformers", "True", "set()"]
+
+
+WRONG: tuple[Any, ...] = (5, -1, 1.5, True, "x", [], [5], {}, {"a": 1}, [{}], None, 10**30)
+ASKED = {
+    "config.json": (
+        *("architectures", "model_type", "text_config", "quantization_config", "dtype", "torch_dtype", "vocab_size"),
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("intermediate_size", "layer_types", "sliding_window", "use_sliding_window", "max_position_embeddings"),
+        *("compression_config", "multi_query", "qk_rope_head_dim", "num_experts", "vision_config"),
+    ),
+    "tokenizer_config.json": (
+        *("chat_template", "eos_token", "additional_special_tokens", "extra_special_tokens", "auto_map"),
+    ),
+    "special_tokens_map.json": ("unk_token", "additional_special_tokens"),
+    "sentence_bert_config.json": ("max_seq_length",),
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in ASKED.items() for key in keys])
+def test_a_wrong_type_is_a_clear_error(tmp_path: Path, name: str, key: str) -> None:
+    """Whatever stands where a number, a text or a list should: it is told, or an error with a hint."""
+    folder = models.placeholder(tmp_path / "model")
+    file = folder / name
+    said = json.loads(file.read_text()) if file.exists() else {}
+    for wrong in WRONG:
+        write_json(file, {**said, key: wrong})
+        try:
+            suitable(profile(str(folder)), (BIG,))
+        except UserError as error:
+            assert (bool(error.hint), error.code[:11]) == (True, "checkpoint_")  # noqa: PT017 - not each is an error
+
+
+@pytest.mark.parametrize(
+    "key", ["r", "lora_alpha", "target_modules", "base_model_name_or_path", "peft_type", "use_dora"]
+)
+def test_a_wrong_type_of_an_adapter_is_a_clear_error(tmp_path: Path, key: str) -> None:
+    """The same for what an adapter says."""
+    for number, wrong in enumerate(WRONG):
+        folder = adapter(tmp_path / str(number), "base", **{key: wrong})
+        try:
+            found = profile(str(folder))
+        except UserError as error:
+            assert error.hint  # noqa: PT017 - not every value is an error
+        else:
+            assert found.adapter
+            assert isinstance(found.adapter.alpha, float | None)
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 10**9, "layer_types": None, "sliding_window": 4},
+        {"layer_types": ["full_attention"] * 5000},
+        {"vocab_size": 10**12},
+        {"text_config": {"n_layer": 10**9}},
+        {"num_experts": 10**7},
+    ],
+    ids=lambda said: str(said)[:60],
+)
+def test_absurd_sizes_are_refused(tmp_path: Path, absurd: dict[str, Any]) -> None:
+    """A number that no model has is an error before anything is counted or made with it."""
+    folder = models.placeholder(tmp_path / "model", **absurd)
+    with pytest.raises(UserError) as raised:
+        profile(str(folder))
+    assert raised.value.code == "checkpoint_config"
+
+
+def test_windows_are_counted_without_lists(tmp_path: Path) -> None:
+    """Layers are counted, not laid out: kinds that are listed and those that are not give the same."""
+    listed = ["sliding_attention"] * 8 + ["full_attention"] * 24
+    one = engine(described(tmp_path / "one", sliding_window=128, layer_types=listed), "transformers").memory_bytes
+    plain = engine(described(tmp_path / "plain"), "transformers").memory_bytes
+    assert one
+    assert plain
+    layer = 2 * 4096 * 2
+    assert plain - one == 32_768 * 8 * layer - 32 * 8 * 128 * layer
+
+
+@pytest.mark.parametrize("name", ["vllm", "deepspeed", "llama_cpp"])
+def test_an_engine_of_another_package_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Where it is not installed; where it is, it runs a plain language model, and no encoder."""
+    from runtime.checkpoints import suitability
+
+    folder = models.placeholder(tmp_path / "model")
+    monkeypatch.setattr(suitability, "find_spec", lambda _: None)
+    assert "sqlext[" in engine(folder, name).why
+    monkeypatch.setattr(suitability, "find_spec", lambda _: True)
+    assert engine(folder, name).runs
+    assert not engine(models.encoder(tmp_path / "encoder"), name).runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,6 +56,18 @@ def tied_model(folder: Path, *, width: int = 32) -> Path:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def perturbed(model: Path, folder: Path) -> Path:
+    """A copy of a model as if it had been trained: every weight is another one."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    for file in folder.glob("*.safetensors"):
+        tensors = {name: tensor + torch.randn_like(tensor) * 0.1 for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,138 @@ def test_a_killed_job_is_lost_and_goes_on(job: Any) -> None:
     said = jobs.wait(folder, silent)
     assert (said["state"], said["step"]) == ("finished", 5)
     assert [line["step"] for line in folder.metrics()] == [1, 2, 3, 4, 5]
+
+
+def test_a_job_of_a_machine_that_is_gone_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process cannot be seen from here; it counts as lost when it has given no sign of life for two minutes."""
+    monkeypatch.setattr(jobs, "CANCEL_S", 0.3)
+    folder = new_folder(tmp_path, "sft", "x")
+    folder.update(state="running", pid=os.getpid(), process_started=0.0, host="another-machine", cluster="there:1")
+    folder.beat()
+    assert jobs.status(folder)["state"] == "running"
+    assert jobs.cancel(folder, silent)["state"] == "running"
+    silent_since = time.time() - jobs.LOST_AFTER_S - 1
+    os.utime(folder.path / "alive", (silent_since, silent_since))
+    assert jobs.status(folder)["state"] == "lost"
+    assert jobs.wait(folder, silent)["state"] == "lost"
+
+
+def test_a_running_job_gives_signs_of_life(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when its training tells nothing for long."""
+    folder = job("wait")
+    first = folder.last_beat
+    assert first > 0
+    deadline = time.monotonic() + 4 * jobs.BEAT_S
+    while folder.last_beat == first and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert folder.last_beat > first
+    jobs.cancel(folder, silent)
+
+
+def test_one_process_alone_drives_a_job(job: Any, tmp_path: Path) -> None:
+    """Who comes second, as from another program's cluster, gets an error and changes nothing."""
+    folder = new_folder(tmp_path, "sft", "run")
+    folder.ask(JobRequest(TrainingPlan(str(folder.path), "sft"), name="run"))
+    folder.update(state="lost")
+    before = (folder.path / "status.json").read_bytes()
+    with folder.take():
+        with pytest.raises(UserError) as caught:
+            jobs.resume(folder, None)
+        assert caught.value.code == "job_running"
+        assert (folder.path / "status.json").read_bytes() == before
+    jobs.resume(folder, None)
+    assert jobs.wait(folder, silent)["state"] == "finished"
+
+
+def test_ctrl_c_while_a_job_starts_leaves_no_process(
+    ray_cluster: cluster.ClusterInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The actor would train on, in a folder that is gone."""
+    import ray
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = new_folder(tmp_path, "sft", "wait")
+    monkeypatch.setattr(ray, "get", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.start(folder, JobRequest(TrainingPlan(str(folder.path), "sft"), name="wait"), None)
+    monkeypatch.undo()
+    assert jobs.actors.handles([f"job:{folder.id}"]) == []
+
+
+def test_what_a_killed_driver_left_is_cleared_away_and_its_time_counted(tmp_path: Path) -> None:
+    """Who takes a job over: no half-written file stays, no error of before, and the seconds add up."""
+    folder = new_folder(tmp_path, "sft", "x")
+    for left in (folder.path / ".status.json.77.unfinished", folder.models / ".checkpoint-3.unfinished" / "x"):
+        left.parent.mkdir(exist_ok=True)
+        left.touch()
+    folder.cancel()
+    folder.stop_after(7)
+    folder.update(state="running", seconds=5.0, began=1000.0, ended=900.0, error={"code": "x"})
+    folder.beat()
+    os.utime(folder.path / "alive", (1050.0, 1050.0))
+    jobs.take_over(folder, JobRequest(TrainingPlan(str(folder.path), "sft")), "here:1")
+    said = folder.status()
+    assert (said["state"], said["seconds"], said["ended"], said["error"]) == ("queued", 55.0, None, None)
+    assert (folder.cancelled, folder.stop_at) == (False, None)
+    assert not [*folder.path.rglob(".*")]
+
+
+def test_a_smaller_cluster_takes_a_job_over_or_says_that_it_cannot(job: Any, tmp_path: Path) -> None:
+    """Fewer CPUs are a slower training; too few GPUs are an error, and no waiting for ever."""
+    folder = new_folder(tmp_path, "sft", "run")
+    plan = TrainingPlan(str(folder.path), "sft", cpus_per_rank=64.0)
+    folder.ask(JobRequest(plan, name="run"))
+    folder.update(state="lost")
+    jobs.resume(folder, None)
+    assert jobs.wait(folder, silent)["state"] == "finished"
+    assert folder.request().plan.cpus_per_rank == 4.0
+    folder.ask(JobRequest(replace(plan, ranks=12, gpus_per_rank=1.0), name="run"))
+    folder.update(state="lost")
+    with pytest.raises(DeployError, match="too small") as caught:
+        jobs.resume(folder, None)
+    assert "fewer ranks" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("free", "ranks", "each", "threads"),
+    [([4], 1, 3.5, 4), ([0.5], 1, 0.5, 1), ([4], 2, 1.5, 2), ([2, 2], 2, 1.5, 2)],
+)
+def test_a_job_leaves_room_for_a_model_or_another_job(
+    ray_cluster: cluster.ClusterInfo,
+    monkeypatch: pytest.MonkeyPatch,
+    free: list[float],
+    ranks: int,
+    each: float,
+    threads: int,
+) -> None:
+    """It reserves what is free but for half a CPU a rank, and computes on all of it; the next one takes the rest."""
+    monkeypatch.setattr(jobs, "nodes_available", lambda: [{"CPU": amount} for amount in free])
+    assert jobs.free_cpus(ranks) == each
+    assert TrainingPlan("", "sft", cpus_per_rank=each).threads == threads
+
+
+def test_an_end_is_told_on_a_disk_without_room(small_disk: Path) -> None:
+    """Neither the report nor the status needs room that is not there; nothing half written stays."""
+    folder = new_folder(small_disk, "sft", "x")
+    folder.ask(JobRequest(TrainingPlan(str(folder.path), "sft")))
+
+    def train(plan: TrainingPlan) -> None:
+        folder.note({"step": 1, "loss": 0.5})
+        with (small_disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(b"x" * 512)
+
+    jobs.run(folder, train)
+    said = folder.status()
+    assert (said["state"], said["error"]["code"]) == ("failed", "disk_full")
+    assert not [*folder.path.rglob(".*.unfinished")]
+
+
+def test_a_job_folder_is_its_owners_alone(tmp_path: Path) -> None:
+    """Rows and keys may stand in it."""
+    assert new_folder(tmp_path / "root", "sft", "x").path.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_cancelled_job_goes_on(job: Any) -> None:

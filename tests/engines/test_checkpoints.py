@@ -188,6 +188,11 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
         ("custom/alpha_moss", Task.GENERATE),
         ("custom/starcode", Task.GENERATE),
         ("custom/m3e", Task.EMBED),
+        ("custom/qwen_vl_chat", Task.GENERATE),
+        ("custom/bge_rerank", Task.RANK),
+        ("custom/stable_diffusion", Task.DRAW),
+        ("whisper", Task.TRANSCRIBE),
+        ("bark", Task.SPEAK),
     ],
 )
 def test_old_names_of_model_kinds(word: str, task: Task | None) -> None:
@@ -198,9 +203,6 @@ def test_old_names_of_model_kinds(word: str, task: Task | None) -> None:
 @pytest.mark.parametrize(
     ("word", "code", "says"),
     [
-        ("bark", "model_type_unavailable", "speech"),
-        ("custom/qwen_vl_chat", "model_type_unavailable", "vision"),
-        ("custom/stable_diffusion", "model_type_unavailable", "image"),
         ("saas/azure_openai", "model_type_unavailable", "provider"),
         ("custom/lama2", "model_type_unknown", 'Did you mean "custom/llama2"'),
         ("saas/qianfun", "model_type_unknown", 'Did you mean "saas/qianfan"'),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import models
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import sqlext
@@ -66,7 +67,7 @@ def test_the_documents_merge(con: sqlext.Connection, job: Path) -> None:
 
 def test_the_documents_convert(con: sqlext.Connection, base: Path, tmp_path: Path) -> None:
     """The first one turns an epoch of a training into a model; a result table keeps the row."""
-    shutil.copytree(base, tmp_path / "checkpoints" / "Epoch-1")
+    epoch = trained.perturbed(base, tmp_path / "checkpoints" / "Epoch-1")
     con.execute(
         f"""!byzerllm setup single;
         run command as LLM.`` where
@@ -81,6 +82,8 @@ def test_the_documents_convert(con: sqlext.Connection, base: Path, tmp_path: Pat
     assert con.sql("SELECT path, bytes > 0, parameters > 0 FROM made").fetchall() == [
         (f"{tmp_path}/my_3b", True, True)
     ]
+    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "my_3b", epoch))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_merge_by_its_own_name(con: sqlext.Connection, job: Path, base: Path, tmp_path: Path) -> None:
@@ -97,7 +100,8 @@ def test_merge_by_its_own_name(con: sqlext.Connection, job: Path, base: Path, tm
         made = row(
             con, f'RUN command AS LLM.`{path}` WHERE action="merge" AND {said} AND savePath="{tmp_path}/{number}"'
         )
-        assert made["max_logit_difference"] == (0.0 if number else None)
+        difference = made["max_logit_difference"]
+        assert 0 < float(str(difference)) < 5 if number else difference is None
     assert made["dtype"] == "bfloat16"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,8 @@ def test_ctrl_c_cancels_a_job_that_is_waited_for(con: sqlext.Connection, tune: C
     ("setup", "way", "ranks", "gpus"),
     [
         ('"num_gpus=0"', "sft/x", 1, 0.0),
-        ('"num_gpus=4"', "sft/x", 1, 4.0),
+        ('"num_gpus=4"', "sft/x", 4, 1.0),
+        ('"num_gpus=2" "num_workers=2"', "sft/x", 4, 1.0),
         ('"num_gpus=0" "num_workers=2"', "sft/x", 2, 0.0),
         ('"num_gpus=3"', "sfft/x", 3, 1.0),
         ('"num_gpus=0" "num_workers=2"', "sfft/x", 2, 0.0),
@@ -150,7 +152,7 @@ def test_ctrl_c_cancels_a_job_that_is_waited_for(con: sqlext.Connection, tune: C
 def test_ranks_follow_from_the_settings(
     con: sqlext.Connection, tune: Callable[..., JobFolder], setup: str, way: str, ranks: int, gpus: float
 ) -> None:
-    """sft: its workers with their GPUs; sfft: a rank for each GPU, on CPU one for each worker."""
+    """A rank for each GPU, on CPU one for each worker; in both ways of training."""
     con.execute(f'!llm setup sft {setup} "cpus_per_worker=0.25" "resource.master=0.1"')
     plan = tune(pretrainedModelType=way).request().plan
     assert (plan.ranks, plan.gpus_per_rank, plan.cpus_per_rank) == (ranks, gpus, 0.25)
@@ -267,6 +269,16 @@ MISTAKES: list[tuple[dict[str, object], str, str]] = [
     ({"name": "../x"}, "option_value", "no name for a job"),
     ({"localPathPrefix": "/proc/none"}, "job_folder", "cannot be made"),
     ({"partitionNum": "2"}, "option_unknown", "TableRepartition"),
+    ({"sft__int__max_seq_length": 513}, "option_value", "512 tokens"),
+    ({"pretrainedModelType": "sfft/x", "sfft__int__hidden_size": 8}, "option_value", "shapes a new model"),
+    ({"sft__str__tokenizer_path": "/tmp"}, "checkpoint_no_tokenizer", "no tokenizer"),
+    ({"outputTable": "t"}, "output_table", "that the training reads"),
+    ({"outputTable": "T"}, "output_table", "that the training reads"),
+    ({"outputTable": "main.t"}, "output_table", "no outcome"),
+    ({"outputTable": "numbers"}, "output_table", "no outcome"),
+    ({"outputTable": "seen"}, "output_table", "a view of this name"),
+    ({"outputTable": "passing"}, "output_table", "a temporary table of this name"),
+    ({"outputTable": "nosuch.out"}, "output_table", "does not exist"),
 ]  # fmt: skip
 
 
@@ -276,6 +288,7 @@ def test_mistakes_are_found_before_anything_starts(
 ) -> None:
     """A clear error with its place; no folder is left and no job listed."""
     con.execute("CREATE TABLE numbers AS SELECT 1 AS x, 2 AS y; CREATE TABLE empty AS FROM t LIMIT 0")
+    con.execute("CREATE VIEW seen AS FROM t; CREATE TEMP TABLE passing AS FROM t")
     with pytest.raises(UserError) as caught:
         tune(**said)
     assert caught.value.code == code
@@ -283,6 +296,70 @@ def test_mistakes_are_found_before_anything_starts(
     assert caught.value.place is not None
     assert con.execute("SELECT count(*) FROM llm_jobs").fetchone() == (0,)
     assert list(job_roots.default_root().glob("*-*")) == []
+    assert con.execute("SELECT count(*) FROM t").fetchone() == (6,)
+
+
+def test_an_output_table_takes_the_place_of_an_earlier_outcome_alone(
+    con: sqlext.Connection, tune: Callable[..., JobFolder], tmp_path: Path
+) -> None:
+    """In a schema or another database too; a database that is read-only is found before anything starts."""
+    con.execute("CREATE SCHEMA s")
+    for name in ("s.tuned", "tuned"):
+        first, second = tune(outputTable=name), tune(outputTable=name)
+        assert con.execute(f"SELECT job FROM {name}").fetchall() == [(second.id,)] != [(first.id,)]
+    con.execute(f"ATTACH '{tmp_path}/other.db' AS other; CREATE TABLE other.x AS SELECT 1; DETACH other")
+    con.execute(f"ATTACH '{tmp_path}/other.db' AS other (READ_ONLY)")
+    with pytest.raises(UserError, match="read-only") as caught:
+        tune(outputTable="other.out")
+    assert caught.value.code == "output_table"
+
+
+def test_an_adapter_of_another_kind_is_found_before_anything_starts(
+    tune: Callable[..., JobFolder], tmp_path: Path
+) -> None:
+    """peft has many; training goes on from LoRA's."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(UserError, match="no plain LoRA") as caught:
+        tune(initial_adapter_model_ckpt_path=tmp_path)
+    assert caught.value.code == "checkpoint_adapter"
+
+
+def test_a_model_without_weights_takes_those_that_are_named(
+    tune: Callable[..., JobFolder], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """The document's own weights: the model is configuration and tokenizer, the weights are a folder of their own."""
+    bare, weights = tmp_path / "bare", tmp_path / "weights"
+    shutil.copytree(checkpoints["chat"], bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights.mkdir()
+    shutil.copy(checkpoints["chat"] / "model.safetensors", weights)
+    plan = tune(localModelDir=bare, initial_base_model_ckpt_path=weights).request().plan
+    assert (plan.model, plan.weights) == (str(bare), str(weights))
+    with pytest.raises(UserError) as caught:
+        tune(localModelDir=bare)
+    assert caught.value.code == "checkpoint_no_weights"
+
+
+def test_a_moved_job_finds_what_was_fetched(tune: Callable[..., JobFolder], tmp_path: Path) -> None:
+    """Its request names it as seen from its folder."""
+    import fsspec
+    import models
+
+    model = models.language_model(tmp_path / "model")
+    fsspec.filesystem("memory").put(f"{model}/", "/bucket/moved/", recursive=True)
+    folder = tune(localModelDir="memory://bucket/moved")
+    moved = JobFolder(folder.path.rename(tmp_path / folder.id))
+    plan = moved.request().plan
+    assert (plan.folder, plan.model) == (str(moved.path), str(moved.path / "fetched" / "model"))
+    assert (Path(plan.model) / "config.json").is_file()
+
+
+def test_it_is_said_when_the_best_model_is_not_kept(con: sqlext.Connection, tune: Callable[..., JobFolder]) -> None:
+    """Evaluations after epochs and checkpoints after steps never meet."""
+    con.execute("CREATE TABLE v AS FROM t LIMIT 2")
+    tune(validTable="v", sft__str__save_strategy="steps", sft__int__save_steps=2)
+    assert not any("best" in notice for notice in con.session.notices)
+    tune(validTable="v", sft__str__save_strategy="steps", sft__str__eval_strategy="epoch")
+    assert any("Not the best model is kept" in notice for notice in con.session.notices)
 
 
 def test_paths_are_held_to_the_allowed_roots(

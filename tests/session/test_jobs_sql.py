@@ -22,7 +22,7 @@ from runtime.cluster import jobs
 from runtime.errors import Cancelled, Fatal, SqlSyntaxError, UserError
 from runtime.training import job_roots
 from runtime.training.folder import JobFolder
-from sqlext.progress_lines import job_line
+from sqlext.progress_lines import job_line, left_out_line
 
 
 @pytest.fixture
@@ -81,6 +81,8 @@ def test_one_job_in_detail(con: sqlext.Connection, begin: Callable[..., JobFolde
     assert told["model"] == str(folder.final)
     assert "error" not in told
     assert con.session.notices[-1].startswith("Of 3 rows 1 could not be used and 2 were cut at max_seq_length.")
+    told = left_out_line({"rows": 3, "valid_rows": 5, "valid_bad_rows": 2})
+    assert told == "Of 5 rows of validTable 2 could not be used."
 
 
 def test_the_log_is_read_from_its_end(con: sqlext.Connection, begin: Callable[..., JobFolder]) -> None:
@@ -166,13 +168,53 @@ def test_a_job_that_is_unknown_names_the_nearest(con: sqlext.Connection, begin: 
 def test_an_output_table_that_cannot_be_written_does_not_hide_the_job(
     con: sqlext.Connection, begin: Callable[..., JobFolder]
 ) -> None:
-    """The model is there all the same, and the error says why the table is not."""
-    con.execute("CREATE VIEW out AS SELECT 1")
+    """The model is there all the same, and what has come to stand there meanwhile stays."""
     begin("run", 'AND outputTable="out"')
+    con.execute("CREATE TABLE out AS SELECT 1 AS mine")
     with pytest.raises(UserError) as caught:
         con.execute('!llm wait "run"')
     assert caught.value.code == "output_table"
     assert one(con, "!llm jobs")["state"] == "finished"
+    assert one(con, "FROM out") == {"mine": 1}
+
+
+def test_the_log_is_shown_without_keys(con: sqlext.Connection, begin: Callable[..., JobFolder]) -> None:
+    """Whatever a library has printed."""
+    folder = begin("run")
+    con.execute('!llm wait "run"')
+    with folder.log.open("a") as stream:
+        stream.write("fetching s3://user:verysecretverysecret@bucket\n")
+    shown = str(con.execute('!llm logs "run"').fetchall())
+    assert "fetching" in shown
+    assert "verysecret" not in shown
+
+
+def test_a_job_that_is_over_can_be_removed(con: sqlext.Connection, begin: Callable[..., JobFolder]) -> None:
+    """With its folder; one that runs cannot."""
+    folder = begin("wait")
+    with pytest.raises(UserError) as caught:
+        con.execute('!llm jobs remove "wait"')
+    assert caught.value.code == "job_running"
+    con.execute('!llm cancel "wait"')
+    assert one(con, '!llm jobs remove "wait"')["job"] == folder.id
+    assert not folder.path.exists()
+    assert con.execute("!llm jobs").fetchall() == []
+
+
+def test_a_job_that_does_not_stop_is_told(
+    con: sqlext.Connection, begin: Callable[..., JobFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs on a cluster that this program cannot reach; the wish stays."""
+    monkeypatch.setattr(jobs, "CANCEL_S", 0.3)
+    folder = begin("deaf")
+    while folder.status().get("step") != 5:  # from here on nobody else writes the status
+        time.sleep(0.05)
+    pid = folder.status()["pid"]
+    folder.update(cluster="elsewhere:1")
+    assert one(con, '!llm cancel "deaf"')["state"] == "running"
+    assert any("does not stop" in notice for notice in con.session.notices)
+    assert folder.cancelled
+    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,27 @@ def train(plans: Sequence[TrainingPlan], ranks: int) -> list[str]:
     return ended
 
 
+def rows_read(folder: Path, model: str) -> list[list[str]]:
+    """The texts that each rank has trained on, in their order."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    files = sorted(folder.glob("read-*.jsonl"))
+    lines = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    return [[tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in each] for each in lines]
+
+
+def _noting(collate: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """A collator that notes what this rank's batches are made of."""
+
+    def call(self: Any, examples: Sequence[Any]) -> Any:
+        with (folder / f"read-{os.environ.get('RANK', '0')}.jsonl").open("a") as stream:
+            stream.writelines(json.dumps(example["input_ids"].tolist()) + "\n" for example in examples)
+        return collate(self, examples)
+
+    return call
+
+
 def _started(rank: int, ranks: int, port: int, asked: str) -> subprocess.Popen[str]:
     """A process that is one of several ranks, or one that does not know that it is the only one."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
@@ -73,7 +94,9 @@ def _rank() -> None:
 
     from runtime.errors import SqlextError
     from runtime.training import loop
+    from runtime.training.data import Collator
 
+    collate = Collator.__call__
     plans = [TrainingPlan(**plan) for plan in json.loads(sys.argv[1])]
     ended = []
     for plan in plans:
@@ -81,6 +104,7 @@ def _rank() -> None:
         unset_hf_deepspeed_config()
         for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
             del os.environ[name]
+        Collator.__call__ = _noting(collate, Path(plan.folder))
         try:
             loop.train(plan)
             ended.append("")

@@ -46,6 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model: str) -> dict[str, P
         return ranks.job(root / name, **said)
 
     loop.train(job("single", ranks=1, parameters={**PARAMETERS, "per_device_train_batch_size": 4}))
+    loop.train(job("lone", ranks=1, parameters=LONG))
     fsdp = {**PARAMETERS, "strategy": "fsdp"}
     begun = job("resumed", parameters={**fsdp, "max_steps": 8})
     rest = TrainingPlan(begun.folder, "sfft", model, parameters=fsdp, ranks=2)
@@ -73,7 +74,7 @@ def _actors() -> dict[str, tuple[str, int]]:
 
 
 def _rank_pids() -> list[int]:
-    return [pid for kind, pid in _actors().values() if kind == "RayTrainWorker"]
+    return [pid for kind, pid in _actors().values() if kind in ("RayTrainWorker", "LoneRank")]
 
 
 def _wait_until(true: Callable[[], object]) -> None:
@@ -134,27 +135,39 @@ def test_an_epoch_of_fsdp_is_a_sharded_checkpoint(trained: dict[str, Path], tmp_
     _require_equal(torch.load(tmp_path / "whole.pt", weights_only=True), _weights(trained["fsdp"] / "final"))
 
 
-def test_each_rank_reads_its_part_of_the_table(trained: dict[str, Path]) -> None:
-    """The shorter part begins again, so that both ranks take as many steps: no row is left out."""
-    status = JobFolder(trained["parts"].parent).status()
+def test_each_rank_reads_its_part_of_the_table(trained: dict[str, Path], model: str) -> None:
+    """All of its rows and no other's; the shorter part begins again, so that both ranks take as many steps."""
+    folder = trained["parts"].parent
+    read = ranks.rows_read(folder, model)
+    assert [set(each) for each in read] == [set(part) for part in PARTS]
     longest = max(len(part) for part in PARTS)
-    assert status["steps"] == 2 * longest // PARAMETERS["per_device_train_batch_size"]
+    assert len(read[0]) == len(read[1]) == 2 * longest
+    assert JobFolder(folder).status()["steps"] == 2 * longest // PARAMETERS["per_device_train_batch_size"]
+
+
+def test_ranks_share_the_rows_of_a_table_without_partitions(trained: dict[str, Path], model: str) -> None:
+    """Each row once in an epoch, on one rank."""
+    read = ranks.rows_read(trained["ddp"].parent, model)
+    half = len(TEXTS) // 2
+    for epoch in (slice(0, half), slice(half, 2 * half)):
+        assert sorted([*read[0][epoch], *read[1][epoch]]) == sorted(TEXTS)
 
 
 @pytest.mark.usefixtures("cleaned")
+@pytest.mark.parametrize(("count", "like"), [(1, "lone"), (2, "long")])
 def test_a_rank_that_dies_costs_no_result(
-    trained: dict[str, Path], model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: dict[str, Path], model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int, like: str
 ) -> None:
-    """All ranks start again from the newest checkpoint, and end with the weights of a run without a death."""
-    plan = ranks.job(tmp_path / "job", TEXTS, model=model, parameters=LONG, ranks=2)
+    """All ranks, or the only one, start again from the newest checkpoint and end as without a death."""
+    plan = ranks.job(tmp_path / "job", TEXTS, model=model, parameters=LONG, ranks=count)
     folder = JobFolder(Path(plan.folder))
     running = Running(plan)
     _wait_until(lambda: list(folder.models.glob("checkpoint-*")))
     os.kill(_rank_pids()[-1], signal.SIGKILL)
     assert running.end() is None
     assert re.search(r"start again from step [1-9]", caplog.text)
-    _require_equal(_weights(folder.final), _weights(trained["long"] / "final"))
-    assert folder.status()["placement_group"] is None
+    _require_equal(_weights(folder.final), _weights(trained[like] / "final"))
+    assert folder.status().get("placement_group") is None
 
 
 @pytest.mark.usefixtures("cleaned")
@@ -181,6 +194,52 @@ def test_an_error_of_a_rank_is_the_error_of_the_job(model: str, tmp_path: Path) 
     with pytest.raises(Fatal) as caught:
         train_on_ranks(plan)
     assert caught.value.code == "training_nan"
+
+
+def test_a_foreign_error_is_logged_without_keys(
+    ray_cluster: cluster.ClusterInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Class, place and first line; the rest of its text may hold anything."""
+    key = "verysecretverysecret"
+
+    def fail(plan: TrainingPlan) -> None:
+        raise RuntimeError(f"no access to s3://user:{key}@bucket\nand {key} is in this row")
+
+    plan = ranks.job(tmp_path / "job", TEXTS, model="")
+    told: list[str] = []
+    monkeypatch.setattr(loop, "train", fail)
+    monkeypatch.setattr(JobFolder, "take_output", lambda _: None)
+    monkeypatch.setattr(training.logging, "basicConfig", lambda **_: None)
+    monkeypatch.setattr(training.LOG, "error", lambda form, *said: told.append(form % said))
+    with pytest.raises(Fatal) as caught:
+        training._rank({"plan": plan})
+    assert caught.value.code == "training_failed"
+    assert "RuntimeError" in told[0]
+    assert key not in told[0] + str(caught.value)
+
+
+def test_a_rank_without_the_jobs_folder_ends_the_job(ray_cluster: cluster.ClusterInfo, tmp_path: Path) -> None:
+    """On its machine the folder is not there; without this the others would wait for it."""
+    plan = ranks.job(tmp_path / "job", TEXTS, model="")
+    (tmp_path / "job").rename(tmp_path / "elsewhere")
+    with pytest.raises(Fatal, match="is not on the machine") as caught:
+        training._start_one(plan)
+    assert caught.value.code == "job_folder"
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_rank_waits_for_the_one_before_it(ray_cluster: cluster.ClusterInfo, model: str, tmp_path: Path) -> None:
+    """When the driver was killed its rank may live for a moment; two would spoil each other's checkpoints."""
+    plan = ranks.job(tmp_path / "job", TEXTS, model=model, parameters={**PARAMETERS, "max_steps": 2})
+    folder = JobFolder(Path(plan.folder))
+    held = folder.take_models()
+    assert held
+    running = Running(plan)
+    _wait_until(lambda: any("waiting for the end" in line for line in folder.log_lines(20)))
+    assert not list(folder.models.iterdir())
+    held.close()
+    assert running.end() is None
+    assert folder.status()["step"] == 2
 
 
 def test_a_training_that_waits_for_room_can_be_cancelled(ray_cluster: cluster.ClusterInfo, tmp_path: Path) -> None:

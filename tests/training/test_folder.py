@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def made(root: Path, name: str, **status: object) -> JobFolder:
 def test_a_request_comes_back_as_it_was_written(tmp_path: Path) -> None:
     """Plan and names, through JSON."""
     folder = JobFolder(tmp_path)
-    request = JobRequest(PLAN, name="n", base="/models/a", output_table="t")
+    request = JobRequest(replace(PLAN, folder=str(tmp_path)), name="n", base="/models/a", output_table="t")
     folder.ask(request)
     assert folder.request() == request
 

@@ -15,7 +15,7 @@ from runtime.prompts.chat import render
 from runtime.prompts.format import PromptFormat
 from runtime.prompts.style import Style, find_style, plain_format, save_style, training_style
 from runtime.prompts.template import read_template
-from runtime.spec import Message, ModelSpec
+from runtime.spec import Batch, CallOptions, Message, ModelSpec
 
 LLAMA3 = {
     "system": "<|start_header_id|>system<|end_header_id|>\n\n{instruction}<|eot_id|>",
@@ -265,9 +265,11 @@ def test_the_engine_asks_with_the_format_of_the_model(tmp_path: Path) -> None:
     }
     for expected, options in said.items():
         engine = load(ModelSpec("m", "transformers", str(folder), options=tuple(options.items())))
-        ids = engine._token_ids([render(engine._tokenizer, "q", None, engine._style)])[0]
-        assert engine._tokenizer.decode(ids) == ("<s>" if expected.startswith("U") else "") + expected
-        assert ids.count(engine._tokenizer.bos_token_id) == (not expected.startswith("T"))
+        tokenizer = engine._wording.tokenizer
+        read, _ = engine._wording.read(Batch(0, CallOptions(), ["q"]))
+        ids = read[0].ids
+        assert tokenizer.decode(ids) == ("<s>" if expected.startswith("U") else "") + expected
+        assert ids.count(tokenizer.bos_token_id) == (not expected.startswith("T"))
 
 
 def test_an_answer_is_what_was_said() -> None:

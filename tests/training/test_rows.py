@@ -52,6 +52,35 @@ def test_each_form_is_found_from_its_columns(row: dict[str, Any], expected: obje
     assert read(row) == expected
 
 
+def test_text_parts_of_a_content_are_joined() -> None:
+    """As OpenAI writes them; a part of another kind is no text."""
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    assert read({"messages": [{"role": "user", "content": parts}, TURNS[1]]})[0] == ("user", "a b")
+    with pytest.raises(RowError) as caught:
+        read({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, TURNS[1]]})
+    assert caught.value.code == "row_type"
+
+
+def test_an_answer_of_weight_0_is_not_to_be_learnt() -> None:
+    """What comes after the last one to learn is left out; without any there is nothing to learn."""
+    silent = {**TURNS[1], "weight": 0}
+    said = read_row(find_form(["messages"]), {"messages": [TURNS[0], silent, *TURNS, TURNS[0], silent]})
+    assert [getattr(turn, "weight", None) for turn in said] == [1, 0, 1, 1]
+    for weight, code in ((0, "row_no_answer"), (0.5, "row_type"), ("1", "row_type")):
+        with pytest.raises(RowError) as caught:
+            read({"messages": [TURNS[0], {**TURNS[1], "weight": weight}]})
+        assert caught.value.code == code
+    assert read({"messages": [TURNS[0], {**TURNS[1], "weight": None, "tool_calls": None}]})
+
+
+def test_a_message_that_calls_tools_has_a_code_of_its_own() -> None:
+    """Whether or not it says something beside."""
+    for content in (None, "let me see"):
+        with pytest.raises(RowError) as caught:
+            read({"messages": [TURNS[0], {"role": "assistant", "content": content, "tool_calls": [{"id": "x"}]}]})
+        assert caught.value.code == "row_tool_calls"
+
+
 def test_a_conversation_is_made_of_messages() -> None:
     """As serving has them."""
     assert read_row(find_form(["messages"]), {"messages": TURNS}) == (Message("user", "q"), Message("assistant", "a"))

@@ -98,6 +98,19 @@ def test_only_what_the_assistant_wrote_is_learnt(
     assert learnt(tokenizer, data) == (longest_first if packing else in_order)
 
 
+@pytest.mark.parametrize("style", ["the tokenizer's template", "a template that forgets", "plain", "blank", "marked"])
+def test_an_answer_of_weight_0_stands_there_and_is_not_learnt(tmp_path: Path, tokenizer: Any, style: str) -> None:
+    """OpenAI's mark for an answer that is only there for what follows."""
+    row = chat("how are you?", "fine", "and the fox?", "it jumps")
+    row["messages"][1]["weight"] = 0
+    _, data = made(tmp_path, tokenizer, [row], style=STYLES[style])
+    assert len(data) == 1
+    assert "fine" in texts(tokenizer, data)[0]
+    [stretches] = learnt(tokenizer, data)
+    assert len(stretches) == 1
+    assert "it jumps" in stretches[0]
+
+
 def test_an_answer_that_is_written_otherwise_later_is_learnt_as_it_is_asked(tmp_path: Path, tokenizer: Any) -> None:
     """One example for each answer, each behind the very prompt that serving sends."""
     told, data = made(tmp_path, tokenizer, [chat("q", "a", "r", "b")], style=STYLES["a template that forgets"])

@@ -1,0 +1,1 @@
+"""Load tests: requests are made, sent at their times, watched token by token, and summed up."""
