@@ -4,7 +4,7 @@ Alone because three must agree on it: who asks writes the schema, an engine is h
 gateway, which trusts no engine, reads the answer again. An answer with a schema is one compact JSON text.
 
 A schema here is closed: an object has the properties that it names, unless it says otherwise, whole numbers keep
-within ±MAX_INTEGER, and what is a date, a time, a time stamp or a UUID is said by a pattern: all libraries know those.
+within ±MAX_INTEGER, and what is a date, a time, a time stamp or a UUID is said by a pattern; all libraries know it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ _HINT = "Write schema := a SQL type ('STRUCT(label VARCHAR)'), a JSON schema, or
 def of_values(values: Sequence[Any]) -> Schema:
     """The schema of an answer that is one of these texts, numbers or truth values; NULLs are left out.
 
+    Their order means nothing: a query gives them in another one each time, and the call is to be known again.
+
     Raises:
         UserError: schema_empty, schema_invalid.
     """
@@ -62,7 +64,7 @@ def of_values(values: Sequence[Any]) -> Schema:
     known = {json.dumps(value): value for value in values if value is not None}
     if not known:
         raise UserError("The list of values given as schema is empty.", code="schema_empty", hint=_HINT)
-    return {"enum": list(known.values())}
+    return {"enum": [known[text] for text in sorted(known)]}
 
 
 def closed(schema: Any) -> Schema:

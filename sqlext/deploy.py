@@ -35,7 +35,7 @@ from sqlext import options
 from sqlext.session import Session
 from sqlext.statements import Run
 from udfs.arguments import options_from
-from udfs.signatures import sql_type
+from udfs.signatures import given, sql_type
 
 LOCAL_CONCURRENCY = 1
 OWN_QUEUE_CONCURRENCY = 2  # of engines that keep rows of several batches in one running set
@@ -337,7 +337,7 @@ def _report(pool: cluster.Pool | cluster.AdaptedPool, seconds: float) -> pa.Tabl
     info = pool.info
     return pa.table(
         {
-            "function": [f"{pool.name}(prompt)"],
+            "function": [f"{pool.name}({', '.join(given(info))})"],
             "answers": [sql_type(info)],
             "engine": [info.engine],
             "device": [info.device],

@@ -34,6 +34,11 @@ def plain_parameters(info: EngineInfo) -> tuple[str, ...]:
     return {Task.RANK: ("VARCHAR", "VARCHAR"), Task.TRANSCRIBE: ("BLOB",)}.get(info.task, ("VARCHAR",))
 
 
+def given(info: EngineInfo) -> tuple[str, ...]:
+    """Names of the arguments that a call must have."""
+    return {Task.RANK: ("query", "text"), Task.TRANSCRIBE: ("audio",)}.get(info.task, ("prompt",))
+
+
 def takes_media(info: EngineInfo) -> bool:
     """Whether images or recordings go in."""
     return info.images or info.task is Task.TRANSCRIBE
@@ -100,16 +105,15 @@ def several_macro(name: str, function: str, info: EngineInfo, defaults: CallOpti
 
 def _reading_macro(name: str, function: str, info: EngineInfo, defaults: CallOptions, options: Sequence[str]) -> str:
     """The macro of a function that is no generating one."""
-    given: tuple[str, ...] = ("prompt",)
     asked, kind = _ASKED, _KIND
     if info.task is Task.RANK:
         pair = "to_json([query::VARCHAR, text::VARCHAR])::VARCHAR"
-        given, kind = ("query", "text"), f"'{PAIR}'"
+        kind = f"'{PAIR}'"
         asked = f"CASE WHEN query IS NULL OR text IS NULL THEN NULL ELSE {pair} END"
     elif info.task is Task.TRANSCRIBE:
-        given, kind = ("audio",), f"'{TEXT}'"
+        kind = f"'{TEXT}'"
         asked = "CASE WHEN audio IS NULL THEN NULL ELSE '' END"
-    named = (*given, *(f"{option} := NULL" for option in (*options, *_image(info))))
+    named = (*given(info), *(f"{option} := NULL" for option in (*options, *_image(info))))
     said = " AND ".join(f"{option} IS NULL" for option in options)
     packed = ", ".join(f"{option} := {option}" for option in options)
     columns = (
@@ -117,7 +121,7 @@ def _reading_macro(name: str, function: str, info: EngineInfo, defaults: CallOpt
         asked,
         kind,
         f"CASE WHEN {said} THEN NULL ELSE to_json(struct_pack({packed}))::VARCHAR END",
-        f"CASE WHEN {_sampled(options, defaults)} THEN random() ELSE 0 END",
+        _draw(options, defaults),
         *((media.columns("audio" if info.task is Task.TRANSCRIBE else "image"),) if takes_media(info) else ()),
     )
     return (
@@ -169,23 +173,25 @@ def _call(function: str, options: str, info: EngineInfo, defaults: CallOptions) 
     image = f", {media.columns('image')}" if info.images else ""
     return (
         f"{quote(function)}(getvariable('{VARIABLE}'), {_ASKED}, {_KIND}, {options}, "
-        f"CASE WHEN {_sampled(OPTION_NAMES, defaults)} THEN random() ELSE 0 END{image})"
+        f"{_draw(OPTION_NAMES, defaults)}{image})"
     )
 
 
-def _sampled(options: Sequence[str], defaults: CallOptions) -> str:
-    """Whether a call with these named options is a sampled one.
+def _draw(options: Sequence[str], defaults: CallOptions) -> str:
+    """The last argument of a call with these named options.
 
-    A sampled call draws a random number as its last argument: that makes the expression volatile, so DuckDB neither
-    folds nor merges calls that must each have an answer of their own.
+    A sampled call draws a random number: that makes the expression volatile, so DuckDB neither folds nor merges calls
+    that must each have an answer of their own. What is never sampled must not look so: DuckDB refuses volatile
+    expressions in the ORDER BY of a window.
     """
     if "seed" not in options:
-        return "false"
+        return "0"
     seed = "NULL" if defaults.seed is None else str(defaults.seed)
     heat = str(defaults.temperature or 0)
     if "temperature" in options:
         heat = f"coalesce(try_cast(temperature AS DOUBLE), {heat})"
-    return f"{heat} > 0 AND coalesce(nullif(try_cast(seed AS BIGINT), -1), {seed}) IS NULL"
+    sampled = f"{heat} > 0 AND coalesce(nullif(try_cast(seed AS BIGINT), -1), {seed}) IS NULL"
+    return f"CASE WHEN {sampled} THEN random() ELSE 0 END"
 
 
 def output_column(info: EngineInfo, outputs: Sequence[Any]) -> pa.Array:

@@ -1,4 +1,4 @@
-"""An output as the result store keeps it: texts as they are, vectors as bytes, others as JSON with media in base64."""
+"""An output as the result store keeps it: texts as they are, vectors as bytes, others as JSON (media in base64)."""
 
 from __future__ import annotations
 

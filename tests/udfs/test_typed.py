@@ -303,8 +303,10 @@ def test_a_request_of_byzers_may_carry_a_schema(db: Database):
 def test_the_schema_is_part_of_what_decides_an_answer(db: Database):
     """Equal prompts with different schemas are different calls; with the same one they are one."""
     db.rows("SELECT chat_as('1', 'INTEGER'), chat_as('1', 'TINYINT'), chat_as('1', 'INTEGER') FROM range(50)")
-    assert db.pool.prompts == ["1", "1"]
-    assert len(set(db.pool.schemas)) == 2
+    db.rows("SELECT chat('\"a\"', schema := ['a', 'b'])")
+    db.rows("SELECT chat('\"a\"', schema := ['b', NULL, 'a', 'b'])")
+    assert db.pool.prompts == ["1", "1", '"a"']
+    assert len(set(db.pool.schemas)) == 3
 
 
 def test_typed_answers_stand_wherever_an_expression_does(db: Database):
