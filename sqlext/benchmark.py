@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sqlext.connection import Connection
 
 OPEN_LOOP = "real_workload"
+CONCURRENCY = 10
 MAX_WARMUP = 8
 _TEXT, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
 _SPREAD = pa.struct(
@@ -110,7 +111,9 @@ def _runs(
     limits = {"timeout_s": values["timeout"], "request_timeout_s": values["request_timeout"]}
     for target in targets:
         requests, spare = _asked(values, target, prompts)
-        for concurrency in [None] if mode == OPEN_LOOP else _numbers(values["num_concurrent_requests"]):
+        for concurrency in (
+            [None] if mode == OPEN_LOOP else _numbers(values.get("num_concurrent_requests", CONCURRENCY))
+        ):
             times = (
                 arrivals(len(requests), values["qps"], values["qps_distribution"], seed) if not concurrency else None
             )

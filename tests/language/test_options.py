@@ -110,7 +110,8 @@ def test_a_preset_starts_from_the_defaults() -> None:
         ("finetune", "sft.list.betas", "[0.9, 0.95]", "sft.list.betas", (0.9, 0.95)),
         ("finetune", "sft.list.modules", "q_proj, v_proj", "sft.list.modules", ("q_proj", "v_proj")),
         ("finetune", "sft.dict.kwargs", '{"a": 1}', "sft.dict.kwargs", '{"a": 1}'),
-        ("benchmark", "num_concurrent_requests", "4", "num_concurrent_requests", 4),
+        ("benchmark", "num_concurrent_requests", "1,4", "num_concurrent_requests", ("1", "4")),
+        ("benchmark", "num_requests", "4", "num_requests", 4),
         ("TableRepartition", "partitionCols", "a,b", "partitionCols", ("a", "b")),
     ],
 )
