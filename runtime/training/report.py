@@ -5,13 +5,12 @@ Alone because it only reads the job's folder; it is drawn when the job has ended
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from html import escape
 from typing import Any
 
+from runtime.html_page import page, plot, table
 from runtime.training.folder import JobFolder
 from runtime.training.whole import write_text
 
@@ -20,14 +19,6 @@ SHOWN_ROWS = 200  # of the table of metrics
 COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s", "seconds")
 """What metrics.jsonl tells of a step; a line has some of them."""
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left }
-svg { max-width: 100%; height: auto }
-"""
-
 
 def write_report(folder: JobFolder) -> None:
     """Write logging/report.html; nothing when the job has no metrics yet."""
@@ -35,14 +26,12 @@ def write_report(folder: JobFolder) -> None:
     if not metrics:
         return
     parts = [
-        f"<h1>{escape(folder.id)}</h1>",
-        _table(("", ""), _figures(folder)),
+        table(("", ""), _figures(folder)),
         *(_curve(metrics, names, title) for names, title in _CURVES),
         "<h2>Steps</h2>",
-        _table(COLUMNS, ([line.get(name) for name in COLUMNS] for line in _thinned(metrics, SHOWN_ROWS))),
+        table(COLUMNS, ([line.get(name) for name in COLUMNS] for line in _thinned(metrics, SHOWN_ROWS))),
     ]
-    head = f'<meta charset="utf-8"><title>{escape(folder.id)}</title><style>{_STYLE}</style>'
-    write_text(folder.report, f"<!doctype html>\n{head}\n" + "\n".join(filter(None, parts)))
+    write_text(folder.report, page(folder.id, parts))
 
 
 _CURVES = (
@@ -85,10 +74,7 @@ def _curve(metrics: Sequence[Mapping[str, Any]], names: Sequence[str], title: st
     axes.grid(alpha=0.3)
     if len(names) > 1:
         axes.legend()
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-    svg = drawn.getvalue()
-    return f"<h2>{title}</h2>\n{svg[svg.index('<svg') :]}"  # without the head of a file of its own
+    return plot(figure, title)
 
 
 def _drawn(line: Mapping[str, Any], name: str) -> bool:
@@ -101,22 +87,3 @@ def _thinned(points: Sequence[Any], most: int) -> list[Any]:
     if len(points) <= most:
         return list(points)
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "\n".join("<tr>" + "".join(f"<td>{_shown(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>\n<tr>{top}</tr>\n{body}\n</table>"
-
-
-def _shown(cell: Any) -> str:
-    match cell:
-        case None:
-            return ""
-        case bool():
-            return str(cell).lower()
-        case float():
-            return f"{cell:,.6g}"
-        case int():
-            return f"{cell:,}"
-    return escape(str(cell))

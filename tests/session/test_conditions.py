@@ -27,6 +27,7 @@ class Models:
         self.asked: set[tuple[str, str]] = set()
         self.answering = True
         kinds = [duckdb.dtype(kind) for kind in signatures.PARAMETERS]
+        con.execute("CREATE TEMP MACRO schema__udf1(context, said) AS said")
         for name in MODELS:
             con.create_function(
                 f"{name}__udf1",
@@ -37,7 +38,7 @@ class Models:
                 null_handling="special",
             )
             info = EngineInfo(engine="fake", task=Task.GENERATE)
-            con.execute(signatures.macro(name, f"{name}__udf1", info, CallOptions()))
+            con.execute(signatures.macro(name, f"{name}__udf1", info, CallOptions(), "schema__udf1"))
 
     def _function(self, name: str, arity: int) -> Callable[..., pa.Array]:
         def answer(*columns: pa.ChunkedArray) -> pa.Array:
