@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -71,6 +72,7 @@ class Terminal:
         if self.pid == 0:
             os.execv(SQLEXT, [SQLEXT, *map(str, arguments)])
         self.text = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a read may end within a character
 
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
@@ -80,7 +82,7 @@ class Terminal:
         begun = time.monotonic()
         while text not in self.text:
             assert time.monotonic() < begun + timeout_s, self.text
-            self.text += re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", os.read(self._fd, 4096).decode())
+            self.text += re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", self._decoder.decode(os.read(self._fd, 4096)))
         self.text = self.text.partition(text)[2]
 
     def exit_code(self) -> int:
